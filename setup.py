@@ -1,0 +1,69 @@
+"""Packaging of vcd_fast. Tool settings live in pyproject.toml, pinned versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "vcd_fast" / "version.py").read_text(), re.M).group(1)
+
+CORE = ["torch>=2.8", "numpy>=1.26", "safetensors>=0.4.3", "huggingface_hub>=0.24"]
+CLI = ["av>=13", "pillow>=10", "rich>=13", "typer>=0.15", "matplotlib>=3.8"]
+TRAIN = [
+    *CLI,
+    "diffusers>=0.42",
+    "transformers>=5.0",
+    "peft>=0.18",
+    "accelerate>=1.0",
+    "deepspeed>=0.19.8",  # the first release in which ZeRO-3, frozen parameters and checkpointing agree
+    "pydantic>=2.7",
+    "pyyaml>=6",
+    "filelock>=3.12",
+    "ftfy>=6.1",
+    "sentencepiece>=0.2",
+    "protobuf>=4",
+    "tensorboard>=2.16",
+]
+GPU = ["triton>=3.4; sys_platform == 'linux'", "xformers>=0.0.32; sys_platform == 'linux'"]
+EVAL = [*CLI, "scipy>=1.11"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "import-linter>=2.0",
+    "ruff>=0.8",
+    "build>=1.2",
+    "triton>=3.4; sys_platform == 'linux'",
+]
+
+setup(
+    name="vcd_fast",
+    version=VERSION,
+    description="Video Consistency Distance as a fast, low-memory loss, metric and fine-tuning reward",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # Only vcd_fast may become importable: a top-level `kernels` would shadow the PyPI package of that name,
+    # which diffusers and transformers probe for. vcd_fast/kernels.py finds the files in either place.
+    packages=[*find_packages(include=["vcd_fast", "vcd_fast.*"]), "vcd_fast.kernels"],
+    package_dir={"vcd_fast.kernels": "kernels"},
+    package_data={"vcd_fast": ["presets/*/*.yaml"]},
+    install_requires=CORE,
+    extras_require={
+        "cli": CLI,
+        "train": TRAIN,
+        "gpu": GPU,
+        "eval": EVAL,
+        "test": TEST,
+        "all": sorted({*TRAIN, *GPU, *EVAL, *TEST}),
+    },
+    entry_points={"console_scripts": ["vcd = vcd_fast.cli.main:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,35 @@
+"""How a command ends when its user, not the code, has to act: one message, exit code 1, no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+TRACEBACK_VARIABLE = "VCD_FAST_TRACEBACK"
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+def describe(error: BaseException) -> str:
+    """The message of `error` in one line of the form a person can act on."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def reported_to_user() -> Iterator[None]:
+    """Print errors a user can cause as one message on stderr and exit with 1; `VCD_FAST_TRACEBACK=1` shows the traceback."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        print(f"(set {TRACEBACK_VARIABLE}=1 to see where this came from)", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

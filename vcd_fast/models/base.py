@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol, TypeVar
@@ -165,8 +166,14 @@ class State:
 
 
 class Encoder(Protocol):
-    """Text, image and VAE encoders: loaded, used once per sample, dropped."""
+    """Text, image and VAE encoders: loaded, used once per sample, dropped.
 
+    Making one is cheap, and `fingerprint` is known without the weights in memory: they are loaded by `encode`, which the
+    cache of encodings does not call when it has everything.
+    """
+
+    condition_type: type[Condition]
+    """what `encode` returns and `condition_type.load` reads back"""
     fingerprint: str
     """names weights and version, so that results cached on disk are never mixed up"""
 
@@ -193,6 +200,11 @@ class I2VModel(Protocol):
     @property
     def blocks(self) -> nn.ModuleList:
         """the transformer's blocks, in order"""
+        ...
+
+    def block_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        """Within it, a forward of `transformer` that builds a graph keeps only the input of every block and recomputes
+        the block in the backward (`use_reentrant=False`), or does not, whatever was set before."""
         ...
 
     @property

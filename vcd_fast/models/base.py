@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +31,8 @@ def family(name: str) -> ModuleType:
     """The package of a model family.
 
     It exports `ModelSettings` (a subclass of `BaseModelSettings`), `load_encoder(settings) -> Encoder`,
-    `load_model(settings) -> I2VModel` and `LORA_TARGETS` (named lists of module-name suffixes, one of them "default").
+    `load_model(settings) -> I2VModel` and `LORA_TARGETS` (named lists of module-name suffixes, one of them "default"); and, if other
+    tools name its layers otherwise, `comfy_module_name` and its inverse `model_module_name`.
 
     Raises:
         ValueError: `name` is no known family.
@@ -194,8 +195,12 @@ class Encoder(Protocol):
 class I2VModel(Protocol):
     """A transformer that is tuned and everything between noise and pixels around it."""
 
+    family: str
+    """a key of `FAMILIES`"""
     transformer: nn.Module
     settings: BaseModelSettings
+    lora_targets: Mapping[str, Sequence[str]]
+    """the family's `LORA_TARGETS`"""
 
     @property
     def blocks(self) -> nn.ModuleList:

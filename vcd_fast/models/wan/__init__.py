@@ -1,0 +1,25 @@
+"""Wan 2.1 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vcd_fast.models.wan.lora_keys import comfy_module_name, model_module_name
+from vcd_fast.models.wan.settings import ModelSettings
+from vcd_fast.models.wan.targets import LORA_TARGETS
+
+if TYPE_CHECKING:
+    from vcd_fast.models.wan.adapter import load_model
+    from vcd_fast.models.wan.encoder import load_encoder
+
+__all__ = ["LORA_TARGETS", "ModelSettings", "comfy_module_name", "load_encoder", "load_model", "model_module_name"]
+
+_HOMES = {"load_encoder": "encoder", "load_model": "adapter"}
+
+
+def __getattr__(name: str) -> Any:
+    # Their modules pull in more than a look at the settings should.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

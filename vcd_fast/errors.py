@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 TRACEBACK_VARIABLE = "VCD_FAST_TRACEBACK"
@@ -27,6 +28,9 @@ def reported_to_user() -> Iterator[None]:
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
+        if int(os.environ.get("RANK", 0)) > 0:
+            # All ranks usually meet the same error; the launcher ends the others as soon as rank 0 has reported it.
+            time.sleep(5)
         print(f"error: {describe(error)}", file=sys.stderr)
         print(f"(set {TRACEBACK_VARIABLE}=1 to see where this came from)", file=sys.stderr)
         raise SystemExit(1) from None

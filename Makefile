@@ -1,0 +1,32 @@
+# make train   set up .venv and run the main job on this machine
+# make test    set up .venv if it is missing and run the tests
+# Everything behind them is plain pip and python; the README has the same lines to type.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/first
+STAMP := $(VENV)/.installed
+
+.PHONY: train test lint clean
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[train,test]"
+	touch $@
+
+train: $(STAMP)
+	$(BIN)/python vcd_fast/train.py --model wan --preset tiny --output $(RUN)
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

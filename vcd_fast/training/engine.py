@@ -1,0 +1,126 @@
+"""DeepSpeed as this project uses it: one engine around the transformer, only the LoRA is optimised.
+
+- Gradient accumulation is unmanaged (`managed_gradient_accumulation: false`): every `backward` adds, `step` is the boundary. The
+  number of backward passes per step depends on the plan (`spaced:K` makes K of them), which a fixed count cannot express.
+- A client `torch.optim.AdamW` is passed in, so nothing is compiled; the shared-memory communicator, which would be, is switched off.
+- A gradient that is not finite never reaches the weights: ZeRO 1-3 discard the step by themselves, stage 0 by `GuardedAdamW`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterable
+
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vcd_fast.training.settings import TrainingSettings
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips by the global norm and leaves everything untouched when that norm is not finite.
+
+    DeepSpeed reads `overflow` and `_global_grad_norm` from whatever optimizer it is given; its ZeRO optimizers set them, and
+    without ZeRO this class does.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], max_grad_norm: float, **options):
+        super().__init__(parameters, **options)
+        self.max_grad_norm = max_grad_norm
+        self.overflow = False
+        self._global_grad_norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self._global_grad_norm = norm.item()
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return None
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        return super().step(closure)
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the process group of the launcher, or form one of a single process where there is no launcher."""
+    if dist.is_initialized():
+        return
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Shared memory between ranks of one CPU machine would be compiled on first use (40 s and a compiler); gloo needs neither.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
+
+
+def build(
+    transformer: nn.Module, parameters: list[nn.Parameter], settings: TrainingSettings, dtype: torch.dtype
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap the transformer (adapter already added).
+
+    Args:
+        transformer: frozen but for `parameters`.
+        parameters: float32, the LoRA.
+        dtype: of the frozen weights. Below float32 the engine's autocast section is used, which keeps the LoRA in float32; its
+            bf16 section would cast the LoRA and the modules that have to stay float32.
+    """
+    options = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    config = {
+        "train_micro_batch_size_per_gpu": settings.batch_size,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {"stage": settings.zero, "contiguous_gradients": True, "overlap_comm": False},
+        "steps_per_print": None,
+    }
+    if settings.zero == 0:
+        optimizer = GuardedAdamW(parameters, settings.max_grad_norm, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **options)
+        config["gradient_clipping"] = settings.max_grad_norm
+        config["zero_allow_untested_optimizer"] = True
+    if settings.zero == 3:
+        # Every tensor is sharded: the defaults keep small ones whole, which on a small model is all of them.
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    if dtype != torch.float32:
+        config["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
+    engine, _, _, _ = deepspeed.initialize(
+        model=transformer, model_parameters=parameters, optimizer=optimizer, config=config
+    )
+    return engine
+
+
+def all_agree(flag: bool, device: torch.device) -> bool:
+    """True if `flag` is true on every rank."""
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    return bool(vote.item())
+
+
+def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """The mean of a small float tensor over all ranks, on the CPU in float64."""
+    total = values.detach().to(device, torch.float64).clone()
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).cpu()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,70 @@
+"""What a run writes down: one JSON object per line, always; TensorBoard events beside it if asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """`OUTPUT/log.jsonl`. A line is on disk before the next step starts.
+
+    Lines are `{"kind": "train" | "held_out", "step": int, ...}`: `train` for what optimizer step number `step` (from 0) did,
+    `held_out` for the weights after `step` steps. A run that goes on from step s first removes the lines of s and later, which it
+    writes again, so the log reads as if nothing had happened.
+    """
+
+    def __init__(self, output: Path, first_step: int, tensorboard: bool):
+        self.path = output / "log.jsonl"
+        _keep_before(self.path, first_step)
+        self._file = self.path.open("a")
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            for name, value in _flat(values):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line cut off by a crash is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _keep_before(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read(path) if line["step"] < step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found.append((prefix + name, float(value)))
+    return found

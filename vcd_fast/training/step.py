@@ -1,0 +1,126 @@
+"""One micro-step of training in three phases: rollout, gradient of the reward with respect to the sample, backward.
+
+The decode graph is gone before the window's graph is walked, so the peak is the larger of the two and not their sum; and whether
+reward and gradient are finite is known, on all ranks, before any parameter has a gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from vcd_fast.models.base import Condition, I2VModel, Schedule
+from vcd_fast.rewards.base import Reward, RewardInput
+from vcd_fast.rollout.plan import Plan
+from vcd_fast.rollout.sampler import run
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The clips of one micro-step, and what is random about them."""
+
+    condition: Condition
+    image: Tensor
+    """[B, 3, H, W] in [0, 1]"""
+    prompts: list[str]
+    noise: Sequence[torch.Generator]
+    """one per clip"""
+    frames: torch.Generator
+    """draws the frames that are judged"""
+    window: torch.Generator
+    """draws the steps that carry gradients"""
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroStep:
+    reward: Tensor
+    """[B] float32, detached"""
+    metrics: dict[str, float]
+    finite: bool
+    """reward and gradient were finite on every rank; if not, nothing was propagated"""
+
+
+class PhaseClock:
+    """Seconds per phase, summed over the micro-steps of an optimizer step."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def micro_step(
+    model: I2VModel,
+    forward: Callable[..., object],
+    backward: Callable[[Tensor], object],
+    schedule: Schedule,
+    plan: Plan,
+    reward: Reward,
+    batch: Batch,
+    *,
+    scale: float,
+    agree: Callable[[bool], bool],
+    clock: PhaseClock,
+    discard: bool = False,
+) -> MicroStep:
+    """Accumulate d(-scale * mean reward)/d(LoRA) of one batch.
+
+    Args:
+        forward: the training engine's wrapper of `model.transformer`.
+        backward: the training engine's backward; called with scalars, one after another.
+        scale: 1 / (micro-steps per optimizer step).
+        agree: collective; true if its argument is true on all ranks.
+        discard: earlier micro-steps of this optimizer step have already left gradients. A batch that is not finite then sends NaN
+            through the backward, on all ranks: the engine discards a step with such a gradient whole.
+    """
+    settings = model.settings
+    with clock.phase("rollout"):
+        state = model.initial(batch.condition, batch.noise)
+        rollout = run(model, batch.condition, state, schedule, plan, forward=forward, generator=batch.window)
+
+    latents = rollout.latents.detach().requires_grad_(True)
+    frame_index = reward.frames_wanted(settings.num_frames, batch.frames)
+    with clock.phase("decode"):
+        video = model.decode(latents, frame_index.tolist())
+    with clock.phase("reward"):
+        pixels = video.detach().requires_grad_(True)
+        output = reward(
+            RewardInput(
+                video=pixels,
+                frame_index=frame_index,
+                num_frames=settings.num_frames,
+                image=batch.image,
+                prompt=batch.prompts,
+                fps=settings.fps,
+                step=batch.step,
+                generator=batch.frames,
+            )
+        )
+        (pixel_gradient,) = torch.autograd.grad(-output.reward.mean() * scale, pixels)
+    with clock.phase("decode"):
+        (gradient,) = torch.autograd.grad(video, latents, pixel_gradient)
+    del video, pixels, pixel_gradient
+
+    values = output.reward.detach()
+    finite = agree(bool(torch.isfinite(values).all()) and bool(torch.isfinite(gradient).all()))
+    if not finite and not discard:
+        return MicroStep(values, output.metrics, False)
+    if not finite:
+        gradient = torch.full_like(gradient, float("nan"))
+    with clock.phase("backward"):
+        for surrogate in rollout.surrogates(gradient):
+            backward(surrogate)
+    return MicroStep(values, output.metrics, finite)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
@@ -18,24 +17,18 @@ def require_content(path: Path, file: io.BufferedReader) -> None:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
 
 
-@contextlib.contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """A name in the folder of `path` for what will replace it; gone afterwards, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-    except OSError as error:
-        # a failed write() knows no name, and the temporary one says nothing to a user
-        missing = not path.parent.is_dir()
-        raise OSError(error.errno, error.strerror, str(path.parent if missing else path)) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
 def replace_file(path: Path, content: io.BytesIO) -> None:
     """Make `content` the file `path`, or raise OSError naming `path` and leave things as they were."""
-    with _temporary_beside(path) as temporary:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
         with open(temporary, "xb") as file:
             file.write(content.getbuffer())
         os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the first error is the one to hear of
+            temporary.unlink()
+        if isinstance(error, OSError):
+            # a failed write() knows no name, and the temporary one says nothing to a user
+            named = path if path.parent.is_dir() else path.parent
+            raise OSError(error.errno, error.strerror, str(named)) from error
+        raise

@@ -1,4 +1,4 @@
-"""Wan 2.1 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
+"""Wan 2.1 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `load_meta`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from vcd_fast.models.wan.targets import LORA_TARGETS
 if TYPE_CHECKING:
     from vcd_fast.models.wan.adapter import load_model
     from vcd_fast.models.wan.encoder import load_encoder
+    from vcd_fast.models.wan.meta import load_meta
 
-__all__ = ["LORA_TARGETS", "ModelSettings", "comfy_module_name", "load_encoder", "load_model", "model_module_name"]
+__all__ = [
+    "LORA_TARGETS",
+    "ModelSettings",
+    "comfy_module_name",
+    "load_encoder",
+    "load_meta",
+    "load_model",
+    "model_module_name",
+]
 
-_HOMES = {"load_encoder": "encoder", "load_model": "adapter"}
+_HOMES = {"load_encoder": "encoder", "load_meta": "meta", "load_model": "adapter"}
 
 
 def __getattr__(name: str) -> Any:

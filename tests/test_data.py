@@ -307,7 +307,7 @@ def test_everything_wrong_is_reported_at_once(folder, tmp_path):
         9: "empty.png: the file is empty (0 bytes)",
         10: "text.png: expected a picture",
         11: "cut.png: the picture cannot be read",
-        12: "small.png: 31 x 48 pixels (height x width), smaller than the video's 32 x 48",
+        12: "small.png: 31 x 48 pixels (height x width), the video has 32 x 48",
         13: "unknown key 'negative_promt'; did you mean 'negative_prompt'?",
         14: "prompt and text say different things",
         15: "split: expected one of train, training, held_out, validation, val, test, eval, got 'sometimes'",
@@ -316,8 +316,7 @@ def test_everything_wrong_is_reported_at_once(folder, tmp_path):
         18: "negative_prompt: expected text, got []",
     }.items():
         assert f"metadata.jsonl, line {line} {what}" in found
-    assert "no sample is held out" in found
-    assert found.startswith(f"{folder}: 19 problems")
+    assert found.startswith(f"{folder}: 18 problems")
 
 
 def test_paths_may_not_leave_the_folder(tmp_path):
@@ -385,6 +384,11 @@ def test_splits_that_leave_nothing(folder):
     assert "use one of them" in problems(folder, held_out=0.5)
     write_rows(folder, {"image": "0.png", "prompt": "a"})
     assert "no sample is held out: mark rows" in problems(folder)
+    write_rows(folder, {"image": "0.png", "prompt": "a"}, {"image": "absent.png", "prompt": "a"})
+    assert "2 problems" in problems(folder)
+    write_rows(folder, {"image": "0.png", "prompt": "a"}, {"image": "absent.png", "prompt": "a", "held_out": True})
+    assert "1 problem " in problems(folder), "the missing picture is held out, so there is one"
+    write_rows(folder, {"image": "0.png", "prompt": "a"})
     assert "no sample is left for training" in problems(folder, held_out=0.5)
 
 
@@ -420,20 +424,23 @@ def test_bad_text_files(folder):
     (folder / "0.txt").write_text(" \n")
     for index in (1, 2, 3):
         (folder / f"{index}.txt").write_text("a")
+    picture(folder / "a, line b.png", 9)
     found = problems(folder, held_out=0.2)
-    assert found.startswith(f"{folder}: 2 problems")
+    assert found.startswith(f"{folder}: 3 problems")
     assert "0.txt the prompt is empty" in found
     assert "4.png no prompt: expected 4.txt beside it" in found
 
 
 def test_small_pictures_are_enlarged_on_request(folder):
-    assert "smaller than the video's 64 x 96" in problems(folder, 64, 96)
+    found = problems(folder, 64, 96)
+    assert "line 5 4.png: 32 x 48 pixels (height x width), the video has 64 x 96" in found
+    assert found.endswith("or set enlarge")
     assert open_folder(folder, 64, 96, enlarge=True).image(0).shape == (3, 64, 96)
 
 
 def test_long_tables_are_cut_and_say_so(folder):
     write_rows(folder, *[{"image": f"absent{i}.png", "prompt": "a"} for i in range(130)])
-    found = problems(folder)
+    found = problems(folder, held_out=0)
     assert "130 problems" in found
     assert "line 100 absent99.png" in found
     assert "line 101" not in found

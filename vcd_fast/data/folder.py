@@ -75,27 +75,32 @@ class PictureFolder:
         os.listdir(folder)  # its error says what is the matter: missing, no folder, forbidden
         problems: list[Problem] = []
         rows = read_rows(folder, problems)
+        all_rows_read = not problems
         if not rows and not problems:
-            problems.append(Problem(str(folder), f"no samples: expected {JSONL}, {CSV}, or pictures with text files"))
+            problems.append(Problem("the folder", f"no samples: expected {JSONL}, {CSV}, or pictures with text files"))
 
         located = [(row, path) for row in rows if (path := _locate(folder, row, problems)) is not None]
         contents = _inspect_all([path for _, path in located])
         entries: list[tuple[Row, Path, _Content]] = []
+        hint = ""
         for (row, path), content in zip(located, contents, strict=True):
             if isinstance(content, str):
                 problems.append(Problem(row.where, f"{row.file}: {content}"))
                 continue
             entries.append((row, path, content))
             if not settings.enlarge and (content.height < height or content.width < width):
-                what = (
-                    f"{row.file}: {content.height} x {content.width} pixels (height x width), smaller than the video's "
-                )
-                what += f"{height} x {width}; choose a smaller video, or set enlarge"
-                problems.append(Problem(row.where, what))
-        held_out = _split(settings.held_out, [(row, content) for row, _, content in entries], problems)
+                size = f"{content.height} x {content.width} pixels (height x width)"
+                problems.append(Problem(row.where, f"{row.file}: {size}, the video has {height} x {width}"))
+                hint = "where pictures are smaller than the video, choose a smaller height and width, or set enlarge"
+        # what a row that could not be read says of the split is unknown, and nothing is said about it then
+        if all_rows_read:
+            problems += _split_problems(settings.held_out, [row.held_out for row in rows])
+        held_out = _split(settings.held_out, [(row, content) for row, _, content in entries])
+        if not problems and all(held_out):
+            problems.append(Problem("held_out", "no sample is left for training"))
         _find_repetitions([(row, content) for row, _, content in entries], held_out, problems)
         if problems:
-            raise ValueError(_report(folder, problems))
+            raise ValueError(_report(folder, problems, hint))
 
         names = _unique_names([row.file for row, _, _ in entries])
         self.samples = tuple(
@@ -193,25 +198,26 @@ def _inspect(path: Path) -> _Content | str:
     return _Content(digest.hexdigest(), *image.shape[-2:])
 
 
-def _split(fraction: float | None, entries: Sequence[tuple[Row, _Content]], problems: list[Problem]) -> list[bool]:
-    """Whether each entry is held out."""
-    marked = any(row.held_out is not None for row, _ in entries)
-    held_out = [bool(row.held_out) for row, _ in entries]
+def _split_problems(fraction: float | None, marks: Sequence[bool | None]) -> list[Problem]:
+    marked = any(mark is not None for mark in marks)
+    what = None
     if fraction is not None and marked:
-        problems.append(
-            Problem("held_out", "the metadata marks what is held out, and a fraction is set; use one of them")
-        )
-    elif fraction:
-        # by content, so that neither the order nor new pictures decide anew about old ones
-        ranked = sorted({content.digest for _, content in entries}, key=lambda d: hashlib.sha256(d.encode()).digest())
-        chosen = set(ranked[: max(1, round(fraction * len(ranked)))])
-        held_out = [content.digest in chosen for _, content in entries]
-    if entries and all(held_out):
-        problems.append(Problem("held_out", "no sample is left for training"))
-    elif entries and fraction is None and not any(held_out):
+        what = "the metadata marks what is held out, and a fraction is set; use one of them"
+    elif fraction is None and marks and not any(marks):
         what = 'no sample is held out: mark rows with "held_out": true, or set held_out to a fraction (0 for none)'
-        problems.append(Problem("held_out", what))
-    return held_out
+    return [Problem("held_out", what)] if what else []
+
+
+def _split(fraction: float | None, entries: Sequence[tuple[Row, _Content]]) -> list[bool]:
+    """Whether each entry is held out."""
+    if fraction is None:
+        return [bool(row.held_out) for row, _ in entries]
+    if fraction == 0:
+        return [False] * len(entries)
+    # by content, so that neither the order nor new pictures decide anew about old ones
+    ranked = sorted({content.digest for _, content in entries}, key=lambda d: hashlib.sha256(d.encode()).digest())
+    chosen = set(ranked[: max(1, round(fraction * len(ranked)))])
+    return [content.digest in chosen for _, content in entries]
 
 
 def _find_repetitions(
@@ -250,7 +256,12 @@ def _unique_names(files: Sequence[str]) -> list[str]:
     return names
 
 
-def _report(folder: Path, problems: Sequence[Problem]) -> str:
+def _report(folder: Path, problems: Sequence[Problem], hint: str) -> str:
+    def place(problem: Problem) -> tuple[str, int]:
+        file, _, line = problem.where.partition(", line ")
+        return file, int(line) if line.isdecimal() else 0
+
+    problems = sorted(problems, key=place)
     table = Table("where", "what is wrong", box=SIMPLE_HEAD, pad_edge=False)
     for problem in problems[:_LISTED_PROBLEMS]:
         table.add_row(Text(problem.where, overflow="fold"), Text(problem.what, overflow="fold"))
@@ -260,4 +271,4 @@ def _report(folder: Path, problems: Sequence[Problem]) -> str:
     lines += [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
     if len(problems) > _LISTED_PROBLEMS:
         lines.append(f"and {len(problems) - _LISTED_PROBLEMS} more")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([hint] if hint else [])])

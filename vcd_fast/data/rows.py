@@ -69,9 +69,9 @@ def _read_text(path: Path, where: str, problems: list[Problem]) -> str | None:
     try:
         return path.read_text(encoding="utf-8-sig")  # spreadsheets like to write a byte order mark
     except UnicodeDecodeError as error:
-        problems.append(
-            Problem(where, f"expected UTF-8 text, found byte {error.object[error.start]:#04x} at {error.start}")
-        )
+        line = error.object[: error.start].count(b"\n") + 1
+        what = f"expected UTF-8 text, found byte {error.object[error.start]:#04x}"
+        problems.append(Problem(f"{where}, line {line}", what))
     except OSError as error:
         problems.append(Problem(where, str(error.strerror)))
     return None

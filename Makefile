@@ -18,7 +18,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $@
 
 train: $(STAMP)
-	$(BIN)/python vcd_fast/train.py --model wan --preset tiny --output $(RUN)
+	$(BIN)/python vcd_fast/train.py --model wan --preset tiny --pictures examples/pictures --output $(RUN)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

@@ -164,6 +164,7 @@ def parse(argv: Sequence[str], prog: str) -> tuple[RunConfig, argparse.Namespace
     parser = argparse.ArgumentParser(
         prog=prog,
         allow_abbrev=False,
+        usage="%(prog)s --model {wan,opensora} [--preset NAME] [--config FILE] [options]",
         description="Fine-tune a LoRA of an image-to-video model on pictures alone, by backpropagating the Video Consistency "
         "Distance through the sampler. Precedence: defaults < --preset < --config < options.",
     )

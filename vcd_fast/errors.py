@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 
 TRACEBACK_VARIABLE = "VCD_FAST_TRACEBACK"
@@ -20,9 +21,15 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def _one_line(message: Warning | str, category: type[Warning], *place: object) -> str:
+    return f"warning: {message}\n" if issubclass(category, UserWarning) else f"{category.__name__}: {message}\n"
+
+
 @contextlib.contextmanager
 def reported_to_user() -> Iterator[None]:
     """Print errors a user can cause as one message on stderr and exit with 1; `VCD_FAST_TRACEBACK=1` shows the traceback."""
+    warnings.formatwarning = _one_line
+    warnings.filterwarnings("once", category=UserWarning)
     try:
         yield
     except USER_ERRORS as error:

@@ -69,7 +69,7 @@ def generate(
     )
     network = package.load_model(settings).to(torch_device)
     if lora is not None:
-        load_lora(network, lora, lora_scale, family_name=model)
+        load_lora(network, lora, lora_scale)
     rows = []
     with Progress(transient=True) as progress:
         for number in seed:

@@ -67,7 +67,7 @@ class VCDReward:
             frame_index=inputs.frame_index,
             num_frames=inputs.num_frames,
             reduction="none",
-        )
+        ).mean(dim=1)
         return RewardOutput(-self.settings.reward_scale * distance, {"vcd": distance.detach().mean().item()})
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class VCDReward:
         Returns:
             [B] float32, smaller is better.
         """
-        return self._loss(0)(video.to(self.device), image.to(self.device), reduction="none")
+        return self._loss(0)(video.to(self.device), image.to(self.device), reduction="none").mean(dim=1)
 
     def _loss(self, step: int) -> VCDLoss:
         """The loss of this step; one object unless directions are redrawn, in which case only the newest is kept."""

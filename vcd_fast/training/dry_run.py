@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vcd_fast.data import PictureFolder
 from vcd_fast.models.base import family
-from vcd_fast.models.lora import add_lora, lora_parameters
+from vcd_fast.models.lora import add_lora
 from vcd_fast.training.checkpoint import list_complete
 from vcd_fast.training.randomness import indexed_generator
 from vcd_fast.training.settings import RunConfig
@@ -24,8 +24,7 @@ def describe(config: RunConfig) -> str:
     model, rollout, training = config.model, config.rollout, config.training
     pictures = PictureFolder(config.data, model.height, model.width)
     meta = family(config.family).load_meta(model)
-    add_lora(meta, config.lora, seed=0)
-    trained = sum(parameter.numel() for parameter in lora_parameters(meta.transformer))
+    trained = sum(parameter.numel() for parameter in add_lora(meta, config.lora, seed=0).values())
     total = sum(parameter.numel() for parameter in meta.transformer.parameters()) - trained
     schedule = meta.schedule(rollout.sampling_steps, model.height, model.width, model.num_frames)
     plan = rollout.plan()

@@ -14,10 +14,14 @@ import os
 import socket
 from collections.abc import Iterable
 
+import torch
+
+# Both are read when deepspeed is imported: without them it guesses the device, and says so.
 os.environ.setdefault("DS_LOG_LEVEL", "error")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -55,9 +59,12 @@ def init_distributed(device: torch.device) -> None:
     if dist.is_initialized():
         return
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Shared memory between ranks of one CPU machine would be compiled on first use (40 s and a compiler); gloo needs neither.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        if local > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # Ranks that each take all cores wait for one another most of the time.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())

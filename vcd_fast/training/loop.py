@@ -77,9 +77,7 @@ class Run:
         self._encode()
 
         self.model = family(config.family).load_model(config.model).to(device)
-        transformer = self.model.transformer
-        lora.add_lora(self.model, config.lora, indexed_seed(self.settings.seed, "lora"))
-        self.parameters = dict(zip(lora.lora_state_dict(transformer), lora.lora_parameters(transformer), strict=True))
+        self.parameters = lora.add_lora(self.model, config.lora, indexed_seed(self.settings.seed, "lora"))
         if resumed is not None:
             checkpoints.check_matches(resumed, dict(self.parameters))
             with torch.no_grad():
@@ -88,7 +86,7 @@ class Run:
         self.schedule = self.model.schedule(config.rollout.sampling_steps, *size, config.model.num_frames)
         self.plan = config.rollout.plan()
         dtype = getattr(torch, config.model.dtype)
-        self.engine = engines.build(transformer, list(self.parameters.values()), self.settings, dtype)
+        self.engine = engines.build(self.model.transformer, list(self.parameters.values()), self.settings, dtype)
         self.step, self.updates, self.bad_in_a_row = 0, 0, 0
         if resumed is not None:
             self.step, self.updates = resumed.step, resumed.updates
@@ -145,7 +143,7 @@ class Run:
         started = time.perf_counter()
         with self.stop, self.reporter.bar("training", total, self.step):
             if self.step > 0 and not self.held_out.has(BASE):  # resumed from another run's checkpoint
-                with lora.lora_disabled(self.model.transformer):
+                with lora.lora_disabled(self.model):
                     self._evaluate(BASE, step=0)
             while True:
                 if self._sample_due():
@@ -226,7 +224,7 @@ class Run:
             )
         self.step += 1
         shown = {"reward": f"{reward:.4f}", "grad norm": f"{norm:.3g}", "memory": f"{memory:.2f} GiB"}
-        shown |= {name: f"{value:.2f} s" for name, value in clock.seconds.items()}
+        shown["seconds"] = ", ".join(f"{name} {value:.2f}" for name, value in clock.seconds.items())
         if not applied:
             shown["skipped"] = "reward or gradient not finite"
         self.reporter.step(self.step, self.settings.max_train_steps, shown)
@@ -289,9 +287,7 @@ class Run:
 
         def write() -> None:
             self.log.close()
-            lora.save_lora(
-                self.output / record.LORA_FOLDER, self.model.transformer, state=weights, family_name=self.config.family
-            )
+            lora.save_lora(self.model, self.output / record.LORA_FOLDER, weights)
             summary.update(
                 step=self.step,
                 updates=self.updates,

@@ -1,0 +1,107 @@
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vcd_fast.training import checkpoint as checkpoints
+from vcd_fast.training.checkpoint import Checkpoint
+
+
+def make(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    lora = {"blocks.0.to_q.lora_A.weight": torch.randn(2, 6, generator=generator)}
+    moments = {
+        f"{m}.{name}": torch.randn(2, 6, generator=generator) for name in lora for m in ("exp_avg", "exp_avg_sq")
+    }
+    return Checkpoint(step, step, lora, moments, {"bad_in_a_row": 0})
+
+
+def test_round_trip(tmp_path):
+    written = make(20)
+    folder = checkpoints.save(tmp_path, written, keep=2)
+    read = checkpoints.load(folder)
+    assert (read.step, read.updates, read.extra) == (20, 20, {"bad_in_a_row": 0})
+    for mine, theirs in ((written.lora, read.lora), (written.moments, read.moments)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_only_the_newest_are_kept_and_no_temporary_remains(tmp_path):
+    for step in (10, 20, 30):
+        checkpoints.save(tmp_path, make(step), keep=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in checkpoints.list_complete(tmp_path)] == ["step-00000020", "step-00000030"]
+
+
+def test_auto_takes_the_newest_complete_one(tmp_path):
+    assert checkpoints.choose(tmp_path, "auto") is None
+    checkpoints.save(tmp_path, make(10), keep=3)
+    newest = checkpoints.save(tmp_path, make(20), keep=3)
+    (newest / ".complete").unlink()
+    assert checkpoints.choose(tmp_path, "auto").step == 10
+
+
+def test_an_altered_file_is_refused_and_the_one_before_offered(tmp_path):
+    earlier = checkpoints.save(tmp_path, make(10), keep=3)
+    newest = checkpoints.save(tmp_path, make(20), keep=3)
+    path = newest / "lora.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"lora\.safetensors .* differs") as error:
+        checkpoints.choose(tmp_path, "auto")
+    assert str(earlier) in str(error.value)
+    assert checkpoints.choose(tmp_path, str(earlier)).step == 10
+
+
+@pytest.mark.parametrize("damage", ["truncate", "state", "missing"])
+def test_damage_is_an_error_one_can_read(tmp_path, damage):
+    folder = checkpoints.save(tmp_path, make(10), keep=3)
+    if damage == "truncate":
+        (folder / "moments.safetensors").write_bytes((folder / "moments.safetensors").read_bytes()[:100])
+    elif damage == "state":
+        (folder / "state.json").write_text("{")
+    else:
+        (folder / "lora.safetensors").unlink()
+    with pytest.raises(ValueError, match="resume: "):
+        checkpoints.load(folder)
+
+
+def test_never_refuses_a_folder_in_use(tmp_path):
+    assert checkpoints.choose(tmp_path, "never") is None
+    checkpoints.save(tmp_path, make(10), keep=3)
+    with pytest.raises(ValueError, match="already holds a run"):
+        checkpoints.choose(tmp_path, "never")
+
+
+def test_another_lora_is_refused_by_name(tmp_path):
+    checkpoint = make(10)
+    with pytest.raises(ValueError, match="differs from the configured one in 1 tensors"):
+        checkpoints.check_matches(checkpoint, {"blocks.0.to_q.lora_A.weight": torch.zeros(4, 6)})
+    checkpoints.check_matches(checkpoint, {"blocks.0.to_q.lora_A.weight": torch.zeros(2, 6)})
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from vcd_fast.training import checkpoint as c
+def make(step, n): return c.Checkpoint(step, step, {"a": torch.zeros(n)}, {"exp_avg.a": torch.zeros(n)}, {})
+folder = Path(sys.argv[1])
+c.save(folder, make(10, 100), keep=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+try:
+    c.save(folder, make(20, 100000), keep=1)
+except OSError as error:
+    print("refused", "step-00000020" in str(error))
+print(sorted(p.name for p in (folder / "checkpoints").iterdir()))
+"""
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["refused True", "['step-00000010']"]

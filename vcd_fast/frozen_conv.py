@@ -24,7 +24,7 @@ class _FrozenConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.options = options
-        ctx.like = (x.shape, x.dtype, x.device)
+        ctx.like = (x.shape, x.stride(), x.dtype, x.device)
         stride, padding, dilation, groups = options
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
@@ -33,9 +33,9 @@ class _FrozenConv(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
-        shape, dtype, device = ctx.like
-        # Only the shape of the input is read for its gradient: one element, expanded, stands in for it.
-        stand_in = torch.empty(1, dtype=dtype, device=device).expand(shape)
+        shape, strides, dtype, device = ctx.like
+        # For the gradient of the input its values are not read, but its strides choose the kernel: with others the last bits differ.
+        stand_in = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         gradient_x, _, _ = torch.ops.aten.convolution_backward(
             gradient,
             stand_in,

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,6 +141,8 @@ def read_lora(path: str | os.PathLike[str], family_name: str | None = None) -> L
     config = _config(file, format, metadata)
     modules = _pairs(file, stripped)
     default = config.get("lora_alpha")
+    if default is None:
+        warnings.warn(f"{file} does not say what alpha is; alpha = rank is assumed, as diffusers does", stacklevel=2)
     patterns = config.get("alpha_pattern") or {}
     alpha = {
         module: float(_pattern(patterns, module) or (stripped[module + A].shape[0] if default is None else default))

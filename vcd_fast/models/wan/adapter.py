@@ -34,7 +34,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> W
         transformer = cast_keeping_float32(
             tiny.tiny_transformer(image_encoder=settings.weights == TINY), getattr(torch, settings.dtype)
         )
-        vae = tiny.tiny_vae().to(getattr(torch, settings.vae_dtype))
+        vae = cast_keeping_float32(tiny.tiny_vae(), getattr(torch, settings.vae_dtype))
     else:
         transformer, vae = _from_folder(settings)
     return WanI2V(transformer, vae, settings).to(device)
@@ -50,23 +50,22 @@ def _from_folder(settings: ModelSettings) -> tuple[nn.Module, nn.Module]:
             f"model.weights: expected an image-to-video transformer with {LATENT_CHANNELS + CONDITION_CHANNELS} input channels in "
             f"{folder / 'transformer'}, got {channels} (16 would be a text-to-video model)"
         )
-    load = partial(dict, local_files_only=True)
     transformer = WanTransformer3DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=getattr(torch, settings.dtype), **load()
+        folder, subfolder="transformer", torch_dtype=getattr(torch, settings.dtype), local_files_only=True
     )
     vae = AutoencoderKLWan.from_pretrained(
-        folder, subfolder="vae", torch_dtype=getattr(torch, settings.vae_dtype), **load()
+        folder, subfolder="vae", torch_dtype=getattr(torch, settings.vae_dtype), local_files_only=True
     )
     return transformer, vae
 
 
-def cast_keeping_float32(transformer: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_keeping_float32(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """What `from_pretrained(torch_dtype=...)` does: `dtype` everywhere but in the modules the class keeps in float32."""
-    kept = transformer._keep_in_fp32_modules
-    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
+    kept = model._keep_in_fp32_modules or []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not any(part in kept for part in name.split(".")):
             tensor.data = tensor.data.to(dtype)
-    return transformer
+    return model
 
 
 class WanI2V:
@@ -155,7 +154,7 @@ class WanI2V:
         with self.transformer.cache_context(name, step_index=step.index, sigma=step.sigma, timestep=step.timestep):
             output = (forward or self.transformer)(
                 hidden_states=torch.cat([state.latents, condition.latents], dim=1).to(self.dtype),
-                timestep=torch.full((len(prompt),), step.timestep, device=prompt.device),
+                timestep=torch.full((len(prompt),), step.timestep, dtype=torch.float32, device=prompt.device),
                 encoder_hidden_states=prompt.to(self.dtype),
                 encoder_hidden_states_image=None if image is None else image.to(self.dtype),
                 return_dict=False,
@@ -175,8 +174,13 @@ class WanI2V:
         name = "native" if name == "sdpa" else name
         if name not in known:
             raise ValueError(f"model.attention_backend: expected sdpa or one of {', '.join(known)}, got {name!r}")
-        if name == "native":
-            return  # what every attention does unless told otherwise
+        if (
+            name == "native"
+        ):  # by hand: diffusers' setter warns, and would change the default of every other model as well
+            for module in self.transformer.modules():
+                if hasattr(getattr(module, "processor", None), "_attention_backend"):
+                    module.processor._attention_backend = AttentionBackendName.NATIVE
+            return
         try:
             self.transformer.set_attention_backend(name)
         except (RuntimeError, ImportError) as error:

@@ -69,7 +69,8 @@ class WanDecoder:
         cache: list[Any] = [None] * vae._cached_conv_counts["decoder"]
         decoded = {}
         with torch.autocast(latents.device.type, enabled=False):
-            z = vae.post_quant_conv(denormalise(latents[:, :, : max(wanted) + 1].to(vae.dtype), vae.config))
+            # Of all latents, though later ones are not needed: so the last bits of a frame do not depend on which are asked for.
+            z = vae.post_quant_conv(denormalise(latents.to(vae.dtype), vae.config))
             for index in range(max(wanted) + 1):
                 differentiated = torch.is_grad_enabled() and (self.context == "exact" or index in wanted)
                 with torch.set_grad_enabled(differentiated):

@@ -148,7 +148,8 @@ class WanEncoder:
             yield model
         finally:
             del model
-            gc.collect()
+            if self._folder is not None:  # real weights are worth the wait
+                gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -161,7 +162,8 @@ class WanEncoder:
                 "vae": (tiny.tiny_vae, vae_dtype),
             }
             make, dtype = makers[part]
-            return make().to(dtype)
+            model = make()
+            return model if model.dtype == dtype else model.to(dtype)
         if part == "vae":
             from diffusers import AutoencoderKLWan
 
@@ -188,9 +190,9 @@ class WanEncoder:
     def _image_processor(self) -> Any:
         if self._folder is None:
             return tiny.tiny_image_processor()
-        from transformers import CLIPImageProcessor
-
-        return CLIPImageProcessor.from_pretrained(self._folder, subfolder="image_processor", local_files_only=True)
+        return tiny.image_processor_class().from_pretrained(
+            self._folder, subfolder="image_processor", local_files_only=True
+        )
 
 
 def clean_prompt(prompt: str) -> str:

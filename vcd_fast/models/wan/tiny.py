@@ -125,10 +125,17 @@ def tiny_image_encoder() -> nn.Module:
         return CLIPVisionModel(config).eval()
 
 
-def tiny_image_processor() -> object:
-    from transformers import CLIPImageProcessor
+def image_processor_class() -> type:
+    """CLIP's processor on PIL. Plain `CLIPImageProcessor` resizes differently once torchvision is installed."""
+    import transformers
 
-    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+def tiny_image_processor() -> object:
+    return image_processor_class()(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
 
 
 def tiny_components(image_encoder: bool = True) -> dict[str, object]:

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "vcd_fast" / "version.py").read_text(), re.M).group(1)
 
 CORE = ["torch>=2.8", "numpy>=1.26", "safetensors>=0.4.3", "huggingface_hub>=0.24"]
-CLI = ["av>=13", "pillow>=10", "rich>=13", "typer>=0.15", "matplotlib>=3.8"]
+# PyAV before 17 converts BT.709 videos with BT.601's matrix
+CLI = ["av>=17", "pillow>=10", "rich>=13", "typer>=0.15", "matplotlib>=3.8"]
 TRAIN = [
     *CLI,
     "diffusers>=0.42",

@@ -353,6 +353,20 @@ def test_paths_may_not_leave_the_folder(tmp_path):
     assert "line 9 a" in found
 
 
+def test_text_may_not_come_from_outside(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret"
+    outside.write_text("secret")
+    (folder / "metadata.jsonl").unlink()
+    for index in range(4):
+        (folder / f"{index}.txt").write_text("a")
+    (folder / "4.txt").symlink_to(outside)
+    found = problems(folder, held_out=0)
+    assert found.startswith(f"{folder}: 1 problem ")
+    assert "4.txt leads out of the folder by a symbolic link" in found
+    (folder / "metadata.jsonl").symlink_to(outside)
+    assert "metadata.jsonl leads out of the folder by a symbolic link" in problems(folder)
+
+
 def test_links_within_the_folder_and_to_it_are_fine(folder, tmp_path_factory):
     (folder / "link.png").symlink_to("0.png")
     write_rows(folder, {"image": "link.png", "prompt": "a"}, {"image": "sub/../1.png", "prompt": "b"})

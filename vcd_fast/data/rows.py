@@ -58,22 +58,25 @@ def read_rows(folder: Path, problems: list[Problem]) -> list[Row]:
     """The rows of the first source there is, in their order; text files beside pictures in the order of the pictures' names."""
     for name, parse in ((JSONL, _json_lines), (CSV, _csv_lines)):
         if (folder / name).is_file():
-            text = _read_text(folder / name, name, problems)
+            text = _read_text(folder, name, problems)
             entries = parse(text, name, problems) if text is not None else ()
             rows = [_row(where, entry, problems) for where, entry in entries]
             return [row for row in rows if row is not None]
     return _text_files(folder, problems)
 
 
-def _read_text(path: Path, where: str, problems: list[Problem]) -> str | None:
+def _read_text(folder: Path, name: str, problems: list[Problem]) -> str | None:
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        problems.append(Problem(name, "leads out of the folder by a symbolic link"))
+        return None
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets like to write a byte order mark
+        return (folder / name).read_text(encoding="utf-8-sig")  # spreadsheets like to write a byte order mark
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         what = f"expected UTF-8 text, found byte {error.object[error.start]:#04x}"
-        problems.append(Problem(f"{where}, line {line}", what))
+        problems.append(Problem(f"{name}, line {line}", what))
     except OSError as error:
-        problems.append(Problem(where, str(error.strerror)))
+        problems.append(Problem(name, str(error.strerror)))
     return None
 
 
@@ -118,7 +121,7 @@ def _text_files(folder: Path, problems: list[Problem]) -> list[Row]:
         beside = path.with_suffix(".txt")
         if not beside.is_file():
             problems.append(Problem(path.name, f"no prompt: expected {beside.name} beside it, or a {JSONL}"))
-        elif (text := _read_text(beside, beside.name, problems)) is not None:
+        elif (text := _read_text(folder, beside.name, problems)) is not None:
             if text.strip():
                 rows.append(Row(path.name, path.name, " ".join(text.split()), None, None))
             else:

@@ -80,7 +80,7 @@ def test_text_to_video_weights_are_refused(pipeline_folder, settings, tmp_path):
     shutil.copytree(pipeline_folder, folder)
     config = json.loads((folder / "transformer" / "config.json").read_text())
     (folder / "transformer" / "config.json").write_text(json.dumps({**config, "in_channels": 16}))
-    with pytest.raises(ValueError, match="image-to-video transformer with 36 input channels.*got 16"):
+    with pytest.raises(ValueError, match=r"image-to-video transformer with 36 input channels.*got 16"):
         load_model(settings(weights=str(folder)))
 
 
@@ -91,9 +91,9 @@ def test_attention_backends_go_through_the_dispatcher(make_model, state, conditi
     assert {b.attn1.processor._attention_backend.value for b in chosen.blocks} == {"_native_math"}
     a, b = (m.velocity(state, STEP, condition) for m in (plain, chosen))
     assert torch.allclose(a, b, atol=1e-4)
-    with pytest.raises(ValueError, match="model.attention_backend: expected sdpa or one of .*xformers.* got 'turbo'"):
+    with pytest.raises(ValueError, match=r"model.attention_backend: expected sdpa or one of .*xformers.* got 'turbo'"):
         make_model(attention_backend="turbo")
-    with pytest.raises(ImportError, match="model.attention_backend=sage cannot be used here: .* `sdpa` always can"):
+    with pytest.raises(ImportError, match=r"model.attention_backend=sage cannot be used here: .* `sdpa` always can"):
         make_model(attention_backend="sage")
 
 

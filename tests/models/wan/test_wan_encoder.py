@@ -149,7 +149,7 @@ def test_a_missing_part_is_named(settings, pipeline_folder, tmp_path, part):
 def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"model.weights: expected a folder or hub name .*tiny-random"):
         load_encoder(settings(weights=None))
-    with pytest.raises(FileNotFoundError, match="no such folder: ./nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: ./nowhere"):
         load_encoder(settings(weights="./nowhere"))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="got the file"):
@@ -169,10 +169,10 @@ def test_a_broken_config_is_named(settings, pipeline_folder, tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(pipeline_folder, folder)
     (folder / "transformer" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         load_encoder(settings(weights=str(folder)))
     (folder / "transformer" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
         load_encoder(settings(weights=str(folder)))
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -200,7 +201,8 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # torchvision's oldest files, VGG19 among them, are not in the zip format that can be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:

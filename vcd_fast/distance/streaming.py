@@ -16,17 +16,24 @@ Evaluate = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
-    """Identity whose derivative is an error: marks a gradient that was not computed with a graph."""
+    """Identity that depends on `marker` in autograd's eyes; asking for its derivative is an error."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor) -> Tensor:
+    def forward(ctx, gradient: Tensor, marker: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, _: Tensor) -> Tensor:
+    def backward(ctx, _: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError(
             "the Video Consistency Distance has no second derivative: its gradient is computed in the forward, without a graph"
         )
+
+
+def first_derivative_only(gradient: Tensor) -> Tensor:
+    """What a backward returns when autograd records it (`create_graph`): a second derivative must not pass for zero."""
+    if not torch.is_grad_enabled():
+        return gradient
+    return FirstDerivativeOnly.apply(gradient, torch.empty(0, requires_grad=True))
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -86,7 +93,7 @@ class _Streamed(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
             result = (gradient * upstream[:, :, None, None, None]).to(ctx.dtype)
-        return FirstDerivativeOnly.apply(result), None, None, None
+        return first_derivative_only(result), None, None, None
 
 
 def streamed(video: Tensor, evaluate: Evaluate, chunk_frames: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,12 +134,11 @@ def whole_lists(plane: Tensor, config: SlicingConfig, projections: Tensor | None
 
 
 def sort_values(values: Tensor) -> Tensor:
-    """Ascending along the last dimension, NaN last; values [.., n] may be overwritten."""
+    """A sorted copy of values [.., n]: ascending along the last dimension, NaN last."""
     if values.device.type != "cpu":
         return values.sort(-1).values
-    values = values.contiguous()
-    values.numpy().sort(-1)  # SIMD, an order of magnitude faster than torch.sort, which also carries int64 indices
-    return values
+    # SIMD, an order of magnitude faster than torch.sort, which also carries int64 indices
+    return torch.from_numpy(np.sort(values.numpy(), -1))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -79,6 +80,22 @@ class VCDDetails(NamedTuple):
     """0-based positions of the T frames in the clip"""
 
 
+def _untraced(method: Callable) -> Callable:
+    """`method` as a graph break for torch.compile; the decorator PyTorch has for it would import its compiler, and Triton, right away."""
+    disabled = None
+
+    @functools.wraps(method)
+    def call(*args: object, **kwargs: object) -> object:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(method)
+        return disabled(*args, **kwargs)
+
+    return call
+
+
 class VCDLoss(nn.Module):
     """The Video Consistency Distance of videos to their conditioning images; smaller is more consistent.
 
@@ -87,7 +104,8 @@ class VCDLoss(nn.Module):
 
     The gradient with respect to the video is computed in the forward, a few frames at a time, and is the only thing kept: memory does
     not grow with the number of frames beyond the video's own size. It can be taken once. Under autocast everything is computed in the
-    extractor's dtype, and the FFT, sort and sum in at least float32. No gradient flows to the condition or to the extractor.
+    extractor's dtype, and the FFT, sort and sum in at least float32. No gradient flows to the condition or to the extractor. To torch.compile the
+    call is a graph break.
 
     Args:
         config: a preset's name (see `PRESETS`) or a `VCDConfig`; `changes` replace fields of it.
@@ -138,7 +156,7 @@ class VCDLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}"
 
-    @torch.compiler.disable
+    @_untraced
     def forward(
         self,
         video: Tensor,

@@ -73,9 +73,11 @@ def frozen_conv(
         raise ValueError("weight: expected frozen weights (requires_grad=False); use torch's convolution to train them")
     dimensions = weight.ndim - 2
     options = tuple(list(o) * dimensions if len(o) == 1 else list(o) for o in (stride, padding, dilation))
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    # The meta device knows no autocast, and memory is counted on it.
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return _FrozenConv.apply(x, weight, bias, (*options, groups))
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _FrozenConv.apply(x, weight, bias, (*options, groups))
 

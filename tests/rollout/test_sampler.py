@@ -166,6 +166,19 @@ def test_terms_are_made_one_at_a_time(model, start, plan, weights):
     gradients(model)
 
 
+@pytest.mark.parametrize(("checkpointing", "runs"), [("none", 1), ("block", 2), ("step", 2), ("both", 3)])
+def test_what_is_run_again_in_the_backward(model, start, plan, weights, checkpointing, runs, monkeypatch):
+    """Of the last step, two branches of guidance; with `both` the recomputed step checkpoints its blocks as well."""
+    condition, state, schedule = start
+    block, calls = model.blocks[0], []
+    forward = block.forward
+    latents = rollout(model, condition, state, schedule, plan("last:1", checkpointing=checkpointing))
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    (latents * weights).sum().backward()
+    assert len(calls) == 2 * (runs - 1)
+    gradients(model)
+
+
 def saved_by(model, function, *args, **kwargs):
     """Bytes of distinct storages that a call of `function` keeps for a backward, parameters excluded; and its result."""
     excluded = {p.untyped_storage().data_ptr() for p in model.transformer.parameters()}

@@ -143,6 +143,35 @@ def test_what_is_kept_for_the_backward(saved_bytes, latents):
     assert kept(False, frozen_conv=False, checkpointing="resnet") < 0.6 * plain
 
 
+def test_memory_of_the_published_vae():
+    """25 frames of 368x272 in float32, counted on the meta device, in GiB; 39 without any of it."""
+    from diffusers import AutoencoderKLWan
+
+    def kept(latent_frames, frame, checkpoint, frozen_conv):
+        with torch.device("meta"):
+            vae = AutoencoderKLWan().requires_grad_(False)
+            latents = torch.empty(1, 16, latent_frames, 34, 46, requires_grad=True)
+        weights = {id(p) for p in vae.parameters()}
+        sizes, alive = {}, []
+
+        def pack(tensor):
+            if id(tensor) not in weights:
+                base = tensor if tensor._base is None else tensor._base
+                alive.append(base)  # so that no other tensor gets its id
+                sizes[id(base)] = base.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            WanDecoder(vae, frozen_conv=frozen_conv)(latents, [frame], checkpoint=checkpoint)
+        return sum(sizes.values()) / 2**30
+
+    assert kept(7, 24, True, False) == pytest.approx(4.84, rel=0.02)  # the caches between seven chunks
+    first = {frozen: kept(1, 0, False, frozen) for frozen in (False, True)}
+    chunk = {frozen: kept(2, 4, False, frozen) - first[frozen] for frozen in (False, True)}
+    assert chunk[False] == pytest.approx(6.13, rel=0.02)
+    assert chunk[True] == pytest.approx(3.16, rel=0.02)
+
+
 def test_autocast_outside_does_not_reach_the_decoder(decoder, latents):
     expected = decoder(latents, [3])
     with torch.autocast("cpu", torch.bfloat16):

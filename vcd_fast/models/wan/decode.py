@@ -8,6 +8,7 @@ never writes into them, so one latent frame is a pure function (latent, *cache) 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -68,7 +69,7 @@ class WanDecoder:
         vae = self.vae
         cache: list[Any] = [None] * vae._cached_conv_counts["decoder"]
         decoded = {}
-        with torch.autocast(latents.device.type, enabled=False):
+        with _without_autocast(latents.device):
             # Of all latents, though later ones are not needed: so the last bits of a frame do not depend on which are asked for.
             z = vae.post_quant_conv(denormalise(latents.to(vae.dtype), vae.config))
             for index in range(max(wanted) + 1):
@@ -100,6 +101,11 @@ def denormalise(latents: Tensor, config: Any) -> Tensor:
         torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std)
     )
     return latents / (1.0 / std) + mean
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The VAE runs in the dtype of its weights. The meta device, on which memory is counted, knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _position(frame: int) -> int:

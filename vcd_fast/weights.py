@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -52,8 +53,10 @@ class HubFile:
         return f"https://huggingface.co/{self.repository}/resolve/{self.revision}/{self.filename}"
 
     def fetch(self, download: bool) -> Path:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
+        if download and not constants.HF_HUB_OFFLINE:
+            _reach(hf_hub_url(self.repository, self.filename, revision=self.revision))
         return Path(
             hf_hub_download(self.repository, self.filename, revision=self.revision, local_files_only=not download)
         )
@@ -102,6 +105,14 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _reach(url: str) -> None:
+    """Raise OSError unless a server answers for `url`: huggingface_hub takes half a minute of retries to find that out."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answered; what it thinks of the request is huggingface_hub's affair
 
 
 def _download(url: str, path: Path, sha256: str) -> None:

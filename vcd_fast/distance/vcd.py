@@ -216,6 +216,10 @@ class VCDLoss(nn.Module):
             }
         return Target(layers, self.config, tuple(condition.shape[-2:]))
 
+    def frames_at_once(self, device: torch.device, height: int, width: int) -> int:
+        """Images of this size that are evaluated at once on `device`: `chunk_frames`, or what `CHUNK_PIXELS` allows."""
+        return self.chunk_frames or max(1, CHUNK_PIXELS.get(device.type, CHUNK_PIXELS["cuda"]) // (height * width))
+
     def _evaluate(
         self,
         video: Tensor,

@@ -18,7 +18,6 @@ from vcd_fast.distance import VCDLoss
 from vcd_fast.media.files import replace_file
 from vcd_fast.version import __version__
 
-
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 

@@ -1,0 +1,40 @@
+"""Open-Sora 1.2 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vcd_fast.models.opensora.settings import ModelSettings
+from vcd_fast.models.opensora.targets import LORA_TARGETS
+
+if TYPE_CHECKING:
+    from vcd_fast.models.opensora.adapter import load_model
+    from vcd_fast.models.opensora.encoder import load_encoder
+    from vcd_fast.models.opensora.files import missing_weights
+    from vcd_fast.models.opensora.lora_keys import load_vader, save_vader
+
+__all__ = [
+    "LORA_TARGETS",
+    "ModelSettings",
+    "load_encoder",
+    "load_model",
+    "load_vader",
+    "missing_weights",
+    "save_vader",
+]
+
+_HOMES = {
+    "load_encoder": "encoder",
+    "load_model": "adapter",
+    "load_vader": "lora_keys",
+    "missing_weights": "files",
+    "save_vader": "lora_keys",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Their modules pull in more than a look at the settings should.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -115,6 +115,11 @@ class OpenSoraVAE(ModelMixin, ConfigMixin):
     def spatial(self) -> AutoencoderKL:
         return self.spatial_vae.module
 
+    def drop_encoders(self) -> None:
+        """Free what only `encode` needs, half of the weights; `encode` cannot be called any more."""
+        for autoencoder in (self.spatial, self.temporal_vae):
+            autoencoder.encoder = autoencoder.quant_conv = None
+
     def encode(self, pixels: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Latents of a clip; an image is a clip of one frame.
 

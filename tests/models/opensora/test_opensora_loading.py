@@ -322,15 +322,15 @@ def test_nothing_named_is_an_error_that_says_what_to_do():
 
 
 def test_folders_that_are_not_there(tmp_path, published):
-    with pytest.raises(FileNotFoundError, match="model.weights: no such folder: ./nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"model\.weights: no such folder: \./nowhere"):
         package.load_model(ModelSettings(weights="./nowhere"))
-    with pytest.raises(ValueError, match="model.vae_weights: expected the folder .*, got the file"):
+    with pytest.raises(ValueError, match=r"model\.vae_weights: expected the folder .*, got the file"):
         package.load_model(ModelSettings(weights=str(published), vae_weights=str(published / "config.json")))
-    with pytest.raises(
-        FileNotFoundError, match=r"model.vae_weights: .* holds no weights.*\n +hf download hpcai-tech/OpenSora-VAE"
-    ):
-        (tmp_path / "config.json").write_text("{}")
-        package.load_model(ModelSettings(weights=str(published), vae_weights=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+    settings = ModelSettings(weights=str(published), vae_weights=str(tmp_path))
+    expected = r"model\.vae_weights: .* holds no weights.*\n +hf download hpcai-tech/OpenSora-VAE"
+    with pytest.raises(FileNotFoundError, match=expected):
+        package.load_model(settings)
 
 
 def test_hub_names_without_network(monkeypatch, tmp_path):

@@ -60,13 +60,13 @@ def shaken(model, **settings):
 
 
 @torch.no_grad()
-def output(transformer):
+def output(transformer, dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
     return transformer(
-        hidden_states=torch.randn(1, 36, 2, 4, 4, generator=generator),
+        hidden_states=torch.randn(1, 36, 2, 4, 4, generator=generator).to(dtype),
         timestep=torch.tensor([500.0]),
-        encoder_hidden_states=torch.randn(1, 512, 32, generator=generator),
-        encoder_hidden_states_image=torch.randn(1, 17, 16, generator=generator),
+        encoder_hidden_states=torch.randn(1, 512, 32, generator=generator).to(dtype),
+        encoder_hidden_states_image=torch.randn(1, 17, 16, generator=generator).to(dtype),
         return_dict=False,
     )[0]
 
@@ -257,6 +257,24 @@ def test_the_stock_pipeline_loads_it_bit_for_bit(base, alpha, tmp_path):
     pipe.load_lora_weights(tmp_path)
     assert torch.equal(output(pipe.transformer), output(model.transformer))
     assert not torch.equal(output(pipe.transformer), output(base))
+
+
+def test_the_stock_pipeline_in_bfloat16_differs_by_the_rounding_of_the_lora_alone(base, tmp_path):
+    """It casts a LoRA to the dtype of its base; here it stays float32. Rounded here too, the outputs are the same."""
+    from diffusers import WanImageToVideoPipeline
+
+    model = shaken(Holder(copy.deepcopy(base).to(torch.bfloat16)))
+    save_lora(model, tmp_path)
+    pipe = WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=copy.deepcopy(base).to(torch.bfloat16)
+    )
+    pipe.load_lora_weights(tmp_path)
+    exact = output(model.transformer, torch.bfloat16)
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.bfloat16()
+    rounded = output(model.transformer, torch.bfloat16)
+    assert torch.equal(output(pipe.transformer, torch.bfloat16), rounded)
+    assert torch.allclose(exact.float(), rounded.float(), atol=0.05)
 
 
 def test_default_targets_load_into_the_stock_image_model(base, tmp_path):

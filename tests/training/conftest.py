@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vcd_fast.media import write_image
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -17,22 +20,42 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def run_worker(script: str, arguments: tuple[str, ...], ranks: int, timeout: int):
+    """No compiler can be found on the way: nothing may need one."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CC": "/nonexistent",
+        "CXX": "/nonexistent",
+        "HF_HUB_OFFLINE": "1",
+    }
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    command = [sys.executable, *launcher, str(HERE / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(done.stdout.split("RESULT ", 1)[1].splitlines()[0])
+
+
 @pytest.fixture(scope="session")
 def two_ranks():
-    """Runs a worker script of this folder on two CPU ranks, with no compiler on the path; returns what it printed after RESULT."""
+    """Runs a worker script of this folder on two CPU ranks; returns what it printed after RESULT."""
+    return lambda script, *arguments, timeout=300: run_worker(script, arguments, 2, timeout)
 
-    def run(script: str, *arguments: str, timeout: int = 300):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CC": "/nonexistent",
-            "CXX": "/nonexistent",
-            "HF_HUB_OFFLINE": "1",
-        }
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        command = [sys.executable, *launcher, str(HERE / script), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        return json.loads(done.stdout.split("RESULT ", 1)[1].splitlines()[0])
 
-    return run
+@pytest.fixture(scope="session")
+def one_rank():
+    return lambda script, *arguments, timeout=300: run_worker(script, arguments, 1, timeout)
+
+
+@pytest.fixture(scope="session")
+def small_pictures(tmp_path_factory) -> Path:
+    """Four smooth random pictures with prompts, one of them held out."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for index in range(4):
+        coarse = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(index))
+        picture = torch.nn.functional.interpolate(coarse, (64, 80), mode="bicubic").clamp(0, 1)[0]
+        write_image(folder / f"{index}.png", picture)
+        rows.append({"image": f"{index}.png", "prompt": f"the cat runs {'slowly ' * index}", "held_out": index == 3})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -28,7 +28,7 @@ def describe(config: RunConfig) -> str:
     total = sum(parameter.numel() for parameter in meta.transformer.parameters()) - trained
     schedule = meta.schedule(rollout.sampling_steps, model.height, model.width, model.num_frames)
     plan = rollout.plan()
-    window = plan.steps(len(schedule), indexed_generator(training.seed, "window", 0, 0))
+    window = plan.steps(len(schedule), indexed_generator(training.seed, "window", 0))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     per_step = training.batch_size * training.gradient_accumulation * ranks
     done = list_complete(Path(training.output))

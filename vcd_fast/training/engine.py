@@ -90,10 +90,18 @@ def build(
         "eps": settings.adam_epsilon,
         "weight_decay": settings.weight_decay,
     }
+    # DeepSpeed allocates its buckets whole, by default for 5e8 elements (2 GB) of which a LoRA fills a few percent.
+    bucket = max(1 << 16, sum(parameter.numel() for parameter in parameters))
     config = {
         "train_micro_batch_size_per_gpu": settings.batch_size,
         "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": settings.zero, "contiguous_gradients": True, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": settings.zero,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "steps_per_print": None,
     }
     if settings.zero == 0:

@@ -250,8 +250,8 @@ class Run:
             prompts=[self.pictures.samples[i].prompt for i in indices],
             noise=[indexed_generator(seed, "noise", n) for n in noise],
             frames=indexed_generator(seed, "frames", first),
-            # the same on all ranks: under ZeRO-3 they have to run the same number of forwards
-            window=indexed_generator(seed, "window", self.step, micro),
+            # the same on all ranks, which under ZeRO-3 have to run the same number of forwards, and so in all micro-steps
+            window=indexed_generator(seed, "window", self.step),
             step=self.step,
         )
 

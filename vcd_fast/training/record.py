@@ -60,17 +60,17 @@ def plot_run(output: Path) -> Path:
     lines = log.read(output / "log.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
     held_out = [line for line in lines if line["kind"] == "held_out"]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     steps = [line["step"] + 1 for line in train]
     axes[0].plot(steps, [line["reward"] for line in train], ".-", lw=0.8, ms=4)
-    axes[0].set(title="reward of the training clips (larger is better)", xlabel="optimizer step", ylabel="reward")
+    axes[0].set(title="reward, training clips (larger is better)", xlabel="optimizer step", ylabel="reward")
     for name in sorted({name for line in held_out for name in line["clips"]}):
         points = [(line["step"], line["clips"][name]) for line in held_out if name in line["clips"]]
         axes[1].plot(*zip(*points, strict=True), "o-", ms=4, lw=1, label=name)
     if held_out:
         axes[1].legend(fontsize=7)
-    axes[1].set(title="VCD of held-out clips, same noise (smaller is better)", xlabel="optimizer step", ylabel="VCD")
+    axes[1].set(title="VCD, held-out clips (smaller is better)", xlabel="optimizer step", ylabel="VCD")
     axes[2].plot(steps, [line["grad_norm"] for line in train], ".-", lw=0.8, ms=4, color="tab:gray")
     axes[2].set(title="gradient norm before clipping", xlabel="optimizer step", yscale="log")
     path = output / "reward.png"

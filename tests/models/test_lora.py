@@ -1,6 +1,7 @@
 """LoRA on the tiny Wan model: what is trained, what is written, and that other tools read it as we do."""
 
 import copy
+import dataclasses
 import json
 import warnings
 
@@ -241,6 +242,16 @@ def test_a_lora_for_another_model_is_refused(model, tmp_path):
     save_lora(shaken(model), tmp_path)
     with pytest.raises(ValueError, match=r"is for another model; there is no linear layer blocks.0.attn2.add_k_proj"):
         load_lora(Holder(tiny_transformer(image_encoder=False)), tmp_path)
+    weights = read_lora(tmp_path)
+    name = "blocks.0.attn1.to_q.lora_A.weight"
+    wider = dataclasses.replace(weights, tensors={**weights.tensors, name: torch.zeros(4, 30)})
+    other = Holder(tiny_transformer())
+    with pytest.raises(ValueError, match=r"its blocks.0.attn1.to_q is 24 x 30, the model's 24 x 24"):
+        load_lora(other, write_lora(tmp_path / "wider", wider))
+    assert not hasattr(other.transformer, "peft_config")
+    wrong = dataclasses.replace(weights, tensors={**weights.tensors, name: torch.zeros(3, 24)})
+    with pytest.raises(ValueError, match=r"expected A \[rank, in\] and B \[out, rank\] of blocks.0.attn1.to_q, got"):
+        read_lora(write_lora(tmp_path / "wrong", wrong))
     with pytest.raises(ValueError, match="this LoRA is for wan, not for opensora"):
         read_lora(tmp_path, "opensora")
 

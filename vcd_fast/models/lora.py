@@ -87,12 +87,9 @@ def load_lora(model: I2VModel, path: str | os.PathLike[str], scale: float = 1.0)
     """
     weights = read_lora(path, model.family)
     transformer = model.transformer
+    _check_fits(transformer, weights, path)
     layers = _layers(transformer)
     if not layers:
-        linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-        unknown = [module for module in weights.modules if module not in linear]
-        if unknown:
-            raise ValueError(f"lora: {path} is for another model; there is no linear layer {', '.join(unknown[:3])}")
         layers = _inject(transformer, {**weights.config(), "target_modules": weights.modules})
         _keep_description(transformer, weights)
     there = {name: (layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER])) for name, layer in layers.items()}
@@ -105,14 +102,8 @@ def load_lora(model: I2VModel, path: str | os.PathLike[str], scale: float = 1.0)
             f"with (rank, alpha) {wanted.get(name)} in the file and {there.get(name)} on the model"
         )
     with torch.no_grad():
-        for name, layer in layers.items():
-            for part, suffix in ((layer.lora_A, "lora_A"), (layer.lora_B, "lora_B")):
-                target, value = part[ADAPTER].weight, weights.tensors[f"{name}.{suffix}.weight"]
-                if target.shape != value.shape:
-                    raise ValueError(
-                        f"lora: {path} is for another model: {name}.{suffix} is {list(value.shape)}, expected {list(target.shape)}"
-                    )
-                target.copy_(value)
+        for name, parameter in lora_parameters(model).items():
+            parameter.copy_(weights.tensors[name])
     set_lora_scale(model, scale)
     return weights
 
@@ -214,6 +205,27 @@ def _inject(transformer: nn.Module, config: dict) -> dict[str, nn.Module]:
             part[ADAPTER].weight.data = part[ADAPTER].weight.data.float()
             part[ADAPTER].weight.requires_grad_(True)
     return layers
+
+
+def _check_fits(transformer: nn.Module, weights: LoRAWeights, path: str | os.PathLike[str]) -> None:
+    """Before anything is changed."""
+    layers = _layers(transformer)
+    linear = {
+        name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear) or name in layers
+    }
+    unknown = [module for module in weights.modules if module not in linear]
+    if unknown:
+        raise ValueError(f"lora: {path} is for another model; there is no linear layer {', '.join(unknown[:3])}")
+    for module in weights.modules:
+        found = (
+            weights.tensors[f"{module}.lora_B.weight"].shape[0],
+            weights.tensors[f"{module}.lora_A.weight"].shape[1],
+        )
+        expected = (linear[module].out_features, linear[module].in_features)
+        if found != expected:
+            raise ValueError(
+                f"lora: {path} is for another model: its {module} is {found[0]} x {found[1]}, the model's {expected[0]} x {expected[1]}"
+            )
 
 
 def _keep_description(transformer: nn.Module, weights: LoRAWeights) -> None:

@@ -207,6 +207,12 @@ def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     halves = [module for module in modules if module + A not in tensors or module + B not in tensors]
     if wrong or halves:
         raise ValueError(f"{file}: expected pairs *{A}, *{B}; got {', '.join(sorted(wrong or halves)[:3])}")
+    for module in modules:
+        a, b = tensors[module + A], tensors[module + B]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"{file}: expected A [rank, in] and B [out, rank] of {module}, got {list(a.shape)} and {list(b.shape)}"
+            )
     return sorted(modules)
 
 

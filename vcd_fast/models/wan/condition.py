@@ -28,14 +28,8 @@ class WanCondition(Condition):
 
     def save(self, path: str | Path) -> None:
         """Write the tensors as safetensors, prompts without the zeros after them."""
-        dataclasses.replace(
-            self,
-            prompt_embeds=_without_padding(self.prompt_embeds),
-            negative_prompt_embeds=_without_padding(self.negative_prompt_embeds),
-        )._save_whole(path)
-
-    def _save_whole(self, path: str | Path) -> None:
-        super().save(path)
+        prompts = {name: _without_padding(getattr(self, name)) for name in ("prompt_embeds", "negative_prompt_embeds")}
+        Condition.save(dataclasses.replace(self, **prompts), path)
 
     @classmethod
     def load(cls, path: str | Path) -> WanCondition:
@@ -48,9 +42,8 @@ class WanCondition(Condition):
 
 
 def _without_padding(embeds: Tensor) -> Tensor:
-    used = (embeds != 0).flatten(2).any(2).any(0) if embeds.ndim > 3 else (embeds != 0).any(2).any(0)
-    length = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
-    return embeds[:, :length]
+    used = (embeds != 0).any(2).any(0).nonzero()
+    return embeds[:, : int(used.max()) + 1 if len(used) else 1]
 
 
 def _padded(embeds: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import html
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -93,65 +92,64 @@ class WanEncoder:
             )
         if self.settings.weights in TINY_NAMES:
             tiny.warn_random(f"model.weights={self.settings.weights}")
-        text = self._encode_text([*prompts, *negative_prompts])
+        text = self._freed(self._encode_text, [*prompts, *negative_prompts])
         return WanCondition(
             prompt_embeds=text[: len(prompts)],
             negative_prompt_embeds=text[len(prompts) :],
-            latents=self._encode_latents(images, num_frames),
-            image_embeds=self._encode_images(images) if self.has_image_encoder else None,
+            latents=self._freed(self._encode_latents, images, num_frames),
+            image_embeds=self._freed(self._encode_images, images) if self.has_image_encoder else None,
         )
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         tokenizer = self._tokenizer()
         states = {}
-        with self._used("text_encoder") as encoder:
-            for prompt in dict.fromkeys(cleaned):
-                tokens = tokenizer(
-                    [prompt], padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
-                ).to(self.device)
-                found = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-                length = int(tokens.attention_mask.sum())
-                states[prompt] = F.pad(found[:, :length], (0, 0, 0, TEXT_TOKENS - length)).cpu()
+        encoder = self._ready("text_encoder")
+        for prompt in dict.fromkeys(cleaned):
+            tokens = tokenizer(
+                [prompt], padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+            ).to(self.device)
+            found = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+            length = int(tokens.attention_mask.sum())
+            states[prompt] = F.pad(found[:, :length], (0, 0, 0, TEXT_TOKENS - length)).cpu()
         return torch.cat([states[prompt] for prompt in cleaned])
 
     def _encode_images(self, images: Tensor) -> Tensor:
         processor = self._image_processor()
-        with self._used("image_encoder") as encoder:
-            preprocess = _cropped if self.settings.clip_preprocess == "crop" else _squashed
-            size = encoder.config.image_size
-            states = [
-                encoder(preprocess(image, processor, size).to(self.device), output_hidden_states=True).hidden_states[-2]
-                for image in images
-            ]
-            return torch.cat(states).cpu()
+        encoder = self._ready("image_encoder")
+        preprocess = _cropped if self.settings.clip_preprocess == "crop" else _squashed
+        size = encoder.config.image_size
+        states = [
+            encoder(preprocess(image, processor, size).to(self.device), output_hidden_states=True).hidden_states[-2]
+            for image in images
+        ]
+        return torch.cat(states).cpu()
 
     def _encode_latents(self, images: Tensor, num_frames: int) -> Tensor:
         frames, height, width = latent_shape(num_frames, *images.shape[-2:])
-        with self._used("vae") as vae:
-            mean, std = (
-                torch.tensor(values).view(1, -1, 1, 1, 1)
-                for values in (vae.config.latents_mean, vae.config.latents_std)
-            )
-            encoded = []
-            for image in images:
-                video = torch.zeros(1, 3, num_frames, *image.shape[-2:])
-                video[:, :, 0] = 2.0 * image.float() - 1.0
-                latents = vae.encode(video.to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
-                encoded.append((latents - mean) * (1.0 / std))
+        vae = self._ready("vae")
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        encoded = []
+        for image in images:
+            video = torch.zeros(1, 3, num_frames, *image.shape[-2:])
+            video[:, :, 0] = 2.0 * image.float() - 1.0
+            latents = vae.encode(video.to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
+            encoded.append((latents - mean) * (1.0 / std))
         return torch.cat([mask_channels(len(images), frames, height, width), torch.cat(encoded)], dim=1)
 
-    @contextmanager
-    def _used(self, part: str) -> Iterator[nn.Module]:
-        model = self._load(part).eval().requires_grad_(False).to(self.device)
-        try:
-            yield model
-        finally:
-            del model
-            if self._folder is not None:  # real weights are worth the wait
-                gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+    def _freed(self, encode: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """The result of a method that loads one sub-model, with its memory given back before the next one is loaded."""
+        result = encode(*arguments)
+        if self._folder is not None:  # real weights are worth the wait
+            gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return result
+
+    def _ready(self, part: str) -> nn.Module:
+        return self._load(part).eval().requires_grad_(False).to(self.device)
 
     def _load(self, part: str) -> nn.Module:
         vae_dtype = getattr(torch, self.settings.vae_dtype)

@@ -59,3 +59,50 @@ def small_pictures(tmp_path_factory) -> Path:
         rows.append({"image": f"{index}.png", "prompt": f"the cat runs {'slowly ' * index}", "held_out": index == 3})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+SMALL_RUN = """
+model: {height: 32, width: 32, num_frames: 5, guidance_scale: 2}
+lora: {rank: 2, alpha: 2}
+rollout: {sampling_steps: 2}
+reward: {num_projections: 4, frames_per_step: 1}
+training: {max_train_steps: 6, checkpoint_every: 2, sample_every: 0, device: cpu}
+"""
+
+
+@pytest.fixture(scope="session")
+def small_run(small_pictures, tmp_path_factory) -> list[str]:
+    """Options of the quickest run there is: seconds, most of them imports."""
+    folder = tmp_path_factory.mktemp("small-run")
+    (folder / "small.yaml").write_text(SMALL_RUN)
+    options = {"--model": "wan", "--preset": "tiny", "--config": folder / "small.yaml", "--pictures": small_pictures}
+    options["--cache"] = folder / "encodings"
+    return [str(word) for pair in options.items() for word in pair]
+
+
+@pytest.fixture(scope="session")
+def start_training():
+    """Starts the entry script as a user would; returns the process."""
+
+    def start(*options: str, **environment: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "vcd_fast" / "train.py"), *map(str, options)]
+        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=quiet, cwd=ROOT, **pipes)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def training(start_training):
+    """Runs the entry script to its end: (exit code, stdout, stderr)."""
+
+    def run(*options: str, timeout: int = 300, **environment: str) -> tuple[int, str, str]:
+        process = start_training(*options, **environment)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+
+    return run

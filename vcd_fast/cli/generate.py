@@ -59,7 +59,7 @@ def generate(
     picture = resize_crop(read_image(image), settings.height, settings.width)
     torch_device = pick_device(device)
     package = family(model)
-    condition = package.load_encoder(settings).encode(
+    condition = package.load_encoder(settings, torch_device).encode(
         picture[None],
         [prompt],
         [settings.negative_prompt if negative_prompt is None else negative_prompt],
@@ -67,7 +67,7 @@ def generate(
         settings.width,
         settings.num_frames,
     )
-    network = package.load_model(settings).to(torch_device)
+    network = package.load_model(settings, torch_device)
     if lora is not None:
         load_lora(network, lora, lora_scale)
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class RunLog:
             self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.write(json.dumps(_json_safe({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._tensorboard is not None:
@@ -58,6 +59,15 @@ def _keep_before(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, path)
+
+
+def _json_safe(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {name: _json_safe(entry) for name, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

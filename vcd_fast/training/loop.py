@@ -76,7 +76,7 @@ class Run:
         self.reward = VCDReward(config.reward, device)
         self._encode()
 
-        self.model = family(config.family).load_model(config.model).to(device)
+        self.model = family(config.family).load_model(config.model, device)
         self.parameters = lora.add_lora(self.model, config.lora, indexed_seed(self.settings.seed, "lora"))
         if resumed is not None:
             checkpoints.check_matches(resumed, dict(self.parameters))
@@ -93,6 +93,8 @@ class Run:
             self.bad_in_a_row = resumed.extra["bad_in_a_row"]
             restore_moments(self.engine, self.parameters, resumed.moments, self.updates)
             self.reporter.say(f"resumed from step {self.step} of {self.output}")
+            if resumed.extra["data_hash"] != self.pictures.data_hash:
+                self.reporter.say("note: pictures or prompts have changed since that checkpoint was written")
         self.held_out = HeldOut(
             self._held_out_clips(), self.model, self.reward, config.rollout.sampling_steps, self.output
         )
@@ -110,7 +112,7 @@ class Run:
             EncodingItem(self.pictures.image(index), sample.prompt, sample.negative_prompt or model.negative_prompt)
             for index, sample in enumerate(self.pictures.samples)
         ]
-        encoder = family(self.config.family).load_encoder(model)
+        encoder = family(self.config.family).load_encoder(model, self.device)
         folder = Path(self.settings.cache or self.output / "encodings")
         arguments = (folder, model.height, model.width, model.num_frames)
         with self.reporter.bar("encoding", len(items)):
@@ -262,9 +264,11 @@ class Run:
     # --- what is written -------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, name: str, step: int) -> dict[str, float]:
+        if not self.held_out.clips:
+            return {}
         with self.reporter.bar(f"held-out clips, {name}", len(self.held_out.clips)):
             distances = self.held_out.evaluate(name, self.engine, self._advance)
-        mean = sum(distances.values()) / len(distances)
+        mean = _mean(distances)
         if self.rank == 0:
             self.log.write("held_out", step, vcd=mean, clips=distances)
         self.reporter.say(f"held-out VCD after {step} steps: {mean:.4f} ({len(distances)} clips, same noise)")
@@ -302,16 +306,15 @@ class Run:
             record.plot_run(self.output)
 
         self._on_first_rank(write)
-        if summary:
-            mean = {
-                key: sum(summary[key].values()) / len(summary[key])
-                for key in ("held_out_vcd_before", "held_out_vcd_after")
-            }
-            self.reporter.say(
-                f"held-out VCD, same noise: {mean['held_out_vcd_before']:.4f} before, {mean['held_out_vcd_after']:.4f} after\n"
-                f"LoRA     {self.output / record.LORA_FOLDER}\nlog      {self.output / 'log.jsonl'}\n"
-                f"plot     {self.output / 'reward.png'}\nsamples  {self.output / 'samples'}"
-            )
+        if self.rank == 0:
+            before, after = summary["held_out_vcd_before"], summary["held_out_vcd_after"]
+            if before and after:
+                self.reporter.say(f"held-out VCD, same noise: {_mean(before):.4f} before, {_mean(after):.4f} after")
+            else:
+                self.reporter.say("no picture is held out, so there is no held-out VCD")
+            places = {"LoRA": record.LORA_FOLDER, "log": "log.jsonl", "plot": "reward.png", "samples": "samples"}
+            for name, place in places.items():
+                self.reporter.say(f"{name:<8} {self.output / place}")
         return summary
 
     def _on_first_rank(self, action: Callable[[], object]) -> None:
@@ -329,6 +332,10 @@ class Run:
 
     def _advance(self, done: int, total: int) -> None:
         self.reporter.advance(done)
+
+
+def _mean(distances: dict[str, float]) -> float:
+    return sum(distances.values()) / len(distances)
 
 
 class StopRequest:

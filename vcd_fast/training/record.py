@@ -50,9 +50,9 @@ def write_summary(output: Path, summary: dict[str, Any]) -> None:
 
 
 def held_out_at(output: Path, step: int) -> dict[str, float]:
-    """The held-out distances logged at `step`, by clip."""
+    """The held-out distances logged at `step`, by clip; none if no picture is held out."""
     lines = log.read(output / "log.jsonl")
-    return next(line["clips"] for line in lines if line["kind"] == "held_out" and line["step"] == step)
+    return next((line["clips"] for line in lines if line["kind"] == "held_out" and line["step"] == step), {})
 
 
 def plot_run(output: Path) -> Path:
@@ -67,7 +67,7 @@ def plot_run(output: Path) -> Path:
     axes[0].set(title="reward, training clips (larger is better)", xlabel="optimizer step", ylabel="reward")
     for name in sorted({name for line in held_out for name in line["clips"]}):
         points = [(line["step"], line["clips"][name]) for line in held_out if name in line["clips"]]
-        axes[1].plot(*zip(*points, strict=True), "o-", ms=4, lw=1, label=name)
+        axes[1].plot(*zip(*sorted(points), strict=True), "o-", ms=4, lw=1, label=name)
     if held_out:
         axes[1].legend(fontsize=7)
     axes[1].set(title="VCD, held-out clips (smaller is better)", xlabel="optimizer step", ylabel="VCD")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +164,25 @@ def test_a_folder_with_all_parts_is_the_model(pipeline):
     assert torch.equal(video, same)
     assert fingerprint != other, "other weights, other encodings"
     assert missing_weights(ModelSettings(weights=str(pipeline), **size)) == []
+
+
+def test_one_encoder_in_memory_at_a_time(pipeline, monkeypatch):
+    settings = ModelSettings(weights=str(pipeline), height=36, width=48, num_frames=17)
+    alive = []
+
+    def text_encoder(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+        model = load_text_encoder(folder, dtype)
+        alive.append(weakref.ref(model))
+        return model
+
+    def vae(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+        assert alive[0]() is None, "T5 is freed before the VAE is loaded"
+        return load_vae(folder, dtype)
+
+    monkeypatch.setattr("vcd_fast.models.opensora.encoder.load_text_encoder", text_encoder)
+    monkeypatch.setattr("vcd_fast.models.opensora.encoder.load_vae", vae)
+    package.load_encoder(settings).encode(torch.zeros(1, 3, 36, 48), ["a cat"], [""], 36, 48, 17)
+    assert len(alive) == 1
 
 
 def test_parts_may_stand_in_folders_of_their_own(pipeline, tmp_path):

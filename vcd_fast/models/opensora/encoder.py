@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 
@@ -115,8 +114,8 @@ class OpenSoraEncoder:
         else:
             tokenizer = load_tokenizer(self._folders[TOKENIZER_PART])
             load = partial(load_text_encoder, self._folders[TEXT_ENCODER_PART], dtype)
-        with self._used(load) as text_encoder:
-            embedded = [states[None] for states in embed(everything, tokenizer, text_encoder)]
+        states = self._used(load, lambda text_encoder: embed(everything, tokenizer, text_encoder))
+        embedded = [each[None] for each in states]
         return embedded[: len(prompts)], embedded[len(prompts) :] or [None] * len(prompts)
 
     def _encode_images(self, images: Tensor) -> list[Tensor]:
@@ -125,18 +124,14 @@ class OpenSoraEncoder:
             load = partial(tiny.tiny_vae, dtype)
         else:
             load = partial(load_vae, self._folders[VAE_PART], dtype)
-        with self._used(load) as vae:
-            pixels = (2.0 * images.float() - 1.0)[:, None, :, None]
-            return [vae.encode(image.to(self.device)).cpu() for image in pixels]
+        pixels = (2.0 * images.float() - 1.0)[:, None, :, None]
+        return self._used(load, lambda vae: [vae.encode(image.to(self.device)).cpu() for image in pixels])
 
-    @contextmanager
-    def _used(self, load: Callable[[], nn.Module]) -> Iterator[nn.Module]:
-        """A model for as long as it is needed."""
-        model = load().eval().requires_grad_(False).to(self.device)
-        try:
-            yield model
-        finally:
-            del model
+    def _used(self, load: Callable[[], nn.Module], work: Callable[[nn.Module], list[Tensor]]) -> list[Tensor]:
+        """`work` of a model that is loaded for it, with its memory given back before the next one is."""
+        result = work(load().eval().requires_grad_(False).to(self.device))
+        if self._folders:  # real weights are worth the wait
             gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return result

@@ -177,7 +177,11 @@ def parse(argv: Sequence[str], prog: str) -> tuple[RunConfig, argparse.Namespace
     given: dict[str, dict[str, Any]] = {}
     for destination, (section, key) in destinations.items():
         if hasattr(arguments, destination):
-            given.setdefault(section, {})[key] = getattr(arguments, destination)
+            value = getattr(arguments, destination)
+            alone = isinstance(value, list) and len(value) == 1
+            annotation = section_types(family_name)[section].model_fields[key].annotation
+            # one word for an option that takes a name or a list of them is the name
+            given.setdefault(section, {})[key] = value[0] if alone and str in typing.get_args(annotation) else value
     return compose(family_name, preset, content, given), arguments
 
 

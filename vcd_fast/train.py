@@ -18,7 +18,7 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
 
-from vcd_fast.errors import reported_to_user  # noqa: E402  (the path comes first)
+from vcd_fast.errors import reported_to_user
 
 
 def main(argv: list[str], prog: str = "vcd_fast/train.py") -> None:

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vcd_fast.media import read_video
 from vcd_fast.training import log
 from vcd_fast.training.checkpoint import list_complete
 
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 LORA = "lora/pytorch_lora_weights.safetensors"
 
 
@@ -122,10 +124,10 @@ class TestInterruption:
 
 
 class TestOverfit:
-    @pytest.mark.slow
     @pytest.mark.parametrize("seed", [0, 1, 2])
     def test_sixty_steps_lower_the_distance_of_the_clip(self, training, small_pictures, tmp_path, seed):
-        options = ["--model", "wan", "--preset", "tiny", "--pictures", small_pictures, "--enlarge", "--overfit"]
+        options = ["--model", "wan", "--preset", "tiny", "--pictures", PICTURES, "--overfit"]
+        options += ["--height", 32, "--width", 48, "--num-frames", 5]
         options += ["--sample-every", "0", "--checkpoint-every", "0", "--seed", seed, "--output", tmp_path / "run"]
         code, _, err = training(*options, timeout=580)
         assert code == 0, err

@@ -67,7 +67,8 @@ class HeldOut:
             clip = self.clips[min(index, len(self.clips) - 1)]
             video = self._generate(clip, forward)
             if index < len(self.clips):
-                distances[index] = self.reward.score(video, clip.image[None]).double().cpu().item()
+                image = clip.image[None, :, : video.shape[-2], : video.shape[-1]]  # as in `micro_step`
+                distances[index] = self.reward.score(video, image).double().cpu().item()
                 self._write(folder, clip, video[0].cpu())
             if on_clip is not None:
                 on_clip(i + 1, rounds)

@@ -102,7 +102,8 @@ def micro_step(
                 video=pixels,
                 frame_index=frame_index,
                 num_frames=settings.num_frames,
-                image=batch.image,
+                # a model may decode less than was asked for (Open-Sora 272 of 276 rows): cropped, pixels stay where they are
+                image=batch.image[..., : video.shape[-2], : video.shape[-1]],
                 prompt=batch.prompts,
                 fps=settings.fps,
                 step=batch.step,

@@ -22,6 +22,7 @@ TRAIN = [
     "pyyaml>=6",
     "filelock>=3.12",
     "ftfy>=6.1",
+    "beautifulsoup4>=4.12",  # with ftfy, what diffusers cleans captions with
     "sentencepiece>=0.2",
     "protobuf>=4",
     "tensorboard>=2.16",

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from vcd_fast.media import resize_crop
 from vcd_fast.models.base import Schedule, Step, family
 from vcd_fast.models.lora import LoRASettings, add_lora, lora_disabled, lora_parameters
 from vcd_fast.models.opensora.adapter import OpenSoraI2V
@@ -302,6 +303,17 @@ def test_compared_part_of_the_picture_is_cropped_not_resized(model):
     assert model.settings.decoded_size == (32, 48)
     assert torch.equal(model.reference(picture), picture[:, :32, :48])
     assert ModelSettings().decoded_size == (272, 368)
+
+
+def test_pictures_arrive_as_open_sora_would_see_them(golden):
+    """The loader's resizing against the original's, by PIL: 8-bit rounding apart, the same."""
+    case = golden("image_resize_crop")
+    for name, sizes in case.meta["cases"].items():
+        picture, expected = (case.tensors[f"{name}.{end}"].permute(2, 0, 1).float() / 255 for end in ("in", "out"))
+        assert list(picture.shape[1:]) == sizes["src"]
+        difference = (resize_crop(picture, *sizes["target"]) - expected).abs()
+        assert difference.max() <= 1.5 / 255
+        assert difference.mean() <= 0.5 / 255
 
 
 def test_decode_is_differentiable_and_in_range(condition, model):

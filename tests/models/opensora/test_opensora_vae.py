@@ -90,6 +90,22 @@ def test_encode_and_decode(name, vae, case, error):
         decoded = vae.decode(of["dec.z"], meta["num_frames"])
     assert list(decoded.shape) == meta["decoded_shape"]
     assert error(decoded, of["dec.out"]) <= TOLERANCE
+    z = of["dec.z"] * vae.scale + vae.shift
+    with torch.no_grad():
+        parts = [
+            vae.temporal_vae.decode(z[:, :, chunk.first_latent :][:, :, : chunk.latents], chunk.frames)
+            for chunk in chunks(meta["num_frames"])
+        ]
+    assert error(torch.cat(parts, dim=2), of["dec.xz"]) <= TOLERANCE
+
+
+def test_a_latent_frame_decoded_alone(vae, case, error):
+    """What VADER shows its rewards: a latent frame of the clip as if it were an image's."""
+    latents = case.tensors["vader.z"]
+    with torch.no_grad():
+        assert error(vae.decode(latents[:, :, 7:8], 1), case.tensors["vader.single_latent_7"]) <= TOLERANCE
+    with pytest.raises(ValueError, match="expected 2 latent frames for num_frames=8, got 8"):
+        vae.decode(latents[:, :, 0:15:2], 8)  # the original returns 31 frames
 
 
 def test_stages_of_encode(vae, case, error):

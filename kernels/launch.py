@@ -35,7 +35,7 @@ def checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple, device:
     return tensor
 
 
-def checked_precision(precision: str) -> str:
+def checked_precision(precision: str, device: torch.device) -> str:
     """`precision` if `tl.dot` is to be called with it, else ValueError.
 
     'ieee': float32 products and sums. 'tf32x3': three TF32 products, about as exact. 'tf32': 10 bits of mantissa, which turns half a
@@ -43,6 +43,8 @@ def checked_precision(precision: str) -> str:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision == "tf32x3" and device.type == "cuda" and torch.version.hip:
+        raise ValueError("precision 'tf32x3' is not known to Triton on AMD GPUs; use 'ieee'")
     return precision
 
 

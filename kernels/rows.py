@@ -206,7 +206,7 @@ def project_rows_fwd(
         samples, chunk, z.device, representatives, own, place, first_direction, form, power
     )
     checked("index", index, torch.int32, (m + singles,), z.device)
-    checked_precision(precision)
+    checked_precision(precision, z.device)
     checked_extent("z", channels, plane)
     pitch = row_pitch(m + singles)
     sign = torch.empty(samples, chunk, pitch, dtype=sign_dtype(power), device=z.device)

@@ -22,7 +22,7 @@ from .polar import complex_word, load_complex, polar_gradient
 
 @triton.jit
 def spectrum_bwd_kernel(
-    z_ptr, index_ptr, mirror_ptr, r_ptr, a_ptr, p_ptr, g_ptr, amplitude_scale, phase_scale, C, K, plane, m, kept, pitch,
+    z_ptr, index_ptr, mirror_ptr, r_ptr, a_ptr, p_ptr, g_ptr, amplitude_scale, phase_scale, C, K, plane, m, kept, a_pitch, p_pitch,
     AMPLITUDE: tl.constexpr, PHASE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -32,20 +32,19 @@ def spectrum_bwd_kernel(
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     z_ptr += sample * C * plane  # offsets inside a sample fit 32 bits, which the launcher checks
     g_ptr += sample * C * plane
-    a_ptr += sample * K * pitch
-    p_ptr += sample * K * pitch
+    a_ptr += sample * K * a_pitch
+    p_ptr += sample * K * p_pitch
     a = tl.zeros((BLOCK_C, BLOCK_J), tl.float32)
     p = tl.zeros((BLOCK_C, BLOCK_J), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         r = tl.trans(tl.load(r_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0))
-        o = k[:, None] * pitch + j[None, :]
         inside = (k < K)[:, None] & (j < kept)[None, :]
         if AMPLITUDE:
-            s = tl.load(a_ptr + o, mask=inside, other=0).to(tl.float32)
+            s = tl.load(a_ptr + k[:, None] * a_pitch + j[None, :], mask=inside, other=0).to(tl.float32)
             a = tl.dot(r, s, a, input_precision=PRECISION)
         if PHASE:
-            s = tl.load(p_ptr + o, mask=inside, other=0).to(tl.float32)
+            s = tl.load(p_ptr + k[:, None] * p_pitch + j[None, :], mask=inside, other=0).to(tl.float32)
             p = tl.dot(r, s, p, input_precision=PRECISION)
     bins = tl.load(index_ptr + j, mask=j < kept, other=0)
     inside = (c < C)[:, None] & (j < kept)[None, :]
@@ -86,8 +85,8 @@ def spectrum_bwd(
     Args:
         z, index, directions, representatives, precision: as in `project.project_fwd`, directions being the chunk's [K, C].
         mirror: int32 [m + S], where the conjugate of a kept bin stands in the half plane, -1 where it does not.
-        amplitude_sign, phase_sign: [samples, K, pitch] int8 or float32, both of one type, from the comparison of rows; None for a part
-            that does not count.
+        amplitude_sign, phase_sign: [samples, K, at least m + S], contiguous, int8 or float32, from the comparison of rows; None for a
+            part that does not count.
         amplitude_scale, phase_scale: factors of the two parts (weight / (n · all directions)).
         gradient: int64 view of complex64 [samples, C, plane], contiguous; written. Every bin of it is written once.
         accumulate: add to what `gradient` holds.
@@ -105,22 +104,21 @@ def spectrum_bwd(
     given = [s for s in (amplitude_sign, phase_sign) if s is not None]
     if not given:
         raise ValueError("amplitude_sign or phase_sign must be given, got None for both")
-    pitch = given[0].shape[-1]
     for sign in given:
-        if sign.dtype not in (torch.int8, torch.float32):
-            raise TypeError(f"signs must be torch.int8 or torch.float32, got {sign.dtype}")
-        checked("signs", sign, given[0].dtype, (samples, count, pitch), z.device)
-    if pitch < kept:
-        raise ValueError(f"signs must hold {kept} values a row, got {pitch}")
-    checked_precision(precision)
+        checked(
+            "signs", sign, torch.float32 if sign.is_floating_point() else torch.int8, (samples, count, None), z.device
+        )
+        if sign.shape[-1] < kept:
+            raise ValueError(f"signs must hold {kept} values a row, got {sign.shape[-1]}")
+        checked_extent("signs", count, sign.shape[-1])
+    a, p = (given[0] if sign is None else sign for sign in (amplitude_sign, phase_sign))
+    checked_precision(precision, z.device)
     checked_extent("z", channels, plane)
-    checked_extent("signs", count, pitch)
 
     def launch(c: configs.GradientConfig, out: Tensor) -> None:
         spectrum_bwd_kernel[(triton.cdiv(kept, c.block_j), triton.cdiv(channels, c.block_c), samples)](
-            z, index, mirror, directions, given[0] if amplitude_sign is None else amplitude_sign,
-            given[0] if phase_sign is None else phase_sign, out, float(amplitude_scale), float(phase_scale),
-            channels, count, plane, representatives, kept, pitch,
+            z, index, mirror, directions, a, p, out, float(amplitude_scale), float(phase_scale),
+            channels, count, plane, representatives, kept, a.shape[-1], p.shape[-1],
             AMPLITUDE=amplitude_sign is not None, PHASE=phase_sign is not None, ACCUMULATE=accumulate, PRECISION=precision,
             BLOCK_C=c.block_c, BLOCK_J=c.block_j, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip

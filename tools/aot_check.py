@@ -65,14 +65,14 @@ def cases(target: str) -> list[Case]:
     even, odd = half_list.EVEN.value, half_list.ODD.value
     layout = "i32, i32, i32, i32"  # directions, frames, all_directions, first_direction
     found = []
-    for precision in ("ieee", "tf32x3"):
+    for precision in config.PRECISIONS[: 2 if target.startswith("cuda") else 1]:
         c = config.candidates("project", 50000, arch)[0]
         found.append(
             Case(
                 f"project {precision}",
                 "project",
                 "project_fwd_kernel",
-                "*i64:16, *i32:16, *fp32:16, *fp32:16, *fp32:16, i32:16, i32:16, i32, i32, i32, i32:16",
+                "*i64:16, *i32:16, *fp32:16, *fp32:16, *fp32:16, i32:16, i32:16, i32, i32, i32, i32, i32:16",
                 {
                     "AMPLITUDE": True,
                     "PHASE": True,
@@ -91,7 +91,7 @@ def cases(target: str) -> list[Case]:
                 f"spectrum_bwd {precision}",
                 "spectrum_gradient",
                 "spectrum_bwd_kernel",
-                "*i64:16, *i32:16, *i32:16, *fp32:16, *i8:16, *i8:16, *i64:16, fp32, fp32, i32:16, i32:16, i32, i32, i32, i32:16",
+                "*i64:16, *i32:16, *i32:16, *fp32:16, *i8:16, *i8:16, *i64:16, fp32, fp32, i32:16, i32:16, i32, i32, i32, i32:16, i32:16",
                 {
                     "AMPLITUDE": True,
                     "PHASE": True,

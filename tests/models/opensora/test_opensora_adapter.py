@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vcd_fast.media import resize_crop
 from vcd_fast.models.base import Schedule, Step, family
+from vcd_fast.models.encoding_cache import EncodingItem, encode_all
 from vcd_fast.models.lora import LoRASettings, add_lora, lora_disabled, lora_parameters
 from vcd_fast.models.opensora.adapter import OpenSoraI2V
 from vcd_fast.models.opensora.condition import OpenSoraCondition
@@ -269,6 +270,19 @@ def test_conditions_are_split_collated_and_stored_without_change(condition, tmp_
     assert same.text_mask is None, "nothing to pad"
     with pytest.raises(ValueError, match="expected at least one condition"):
         OpenSoraCondition.collate([])
+
+
+def test_encodings_are_cached_on_disk(tmp_path, monkeypatch):
+    encoder = quietly(package.load_encoder, settings_of())
+    image = torch.rand(3, 36, 48, generator=torch.Generator().manual_seed(0))
+    items = [EncodingItem(image, prompt) for prompt in ("a cat", "two dogs run", "a cat")]
+    first = quietly(encode_all, encoder, items, tmp_path, 36, 48, 17)
+    monkeypatch.setattr(encoder, "encode", None)  # nothing is encoded a second time
+    again = encode_all(encoder, items, tmp_path, 36, 48, 17)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.text, other.text)
+        assert torch.equal(one.image_latents, other.image_latents)
+    assert OpenSoraCondition.collate(list(again)).text_mask.sum(1).tolist() == [c.text.shape[1] for c in again]
 
 
 def test_picture_is_kept_bit_for_bit_over_51_frames(model):

@@ -104,7 +104,7 @@ class OpenSoraI2V:
         image = condition.image_latents
         batch, channels = image.shape[:2]
         size = tuple(side // SPATIAL_FACTOR for side in self.settings.decoded_size)
-        if tuple(image.shape[2:]) != (1, *(side // SPATIAL_FACTOR for side in self.settings.decoded_size)):
+        if tuple(image.shape[2:]) != (1, *size):
             raise ValueError(
                 f"condition: expected image latents [B, {channels}, 1, {size[0]}, {size[1]}] for a video of "
                 f"{self.settings.height}x{self.settings.width}, got {list(image.shape)}"
@@ -141,7 +141,7 @@ class OpenSoraI2V:
         null = self.transformer.y_embedder.y_embedding
         if length > len(null):
             raise ValueError(f"condition: expected prompts of at most {len(null)} tokens, got {length}")
-        return null[:length].expand(batch, -1, -1).to(condition.text.dtype), condition.text_mask
+        return null[:length].expand(batch, -1, -1), condition.text_mask
 
     def _forward(
         self, name: str, state: OpenSoraState, step: Step, text: Tensor, mask: Tensor | None, forward: Forward
@@ -182,6 +182,6 @@ def _noise(shape: tuple[int, ...], batch: int, generator: Generators) -> Tensor:
 
 
 def _joined(*texts: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Texts one batch after the other, the shorter padded."""
+    """Texts one batch after the other, the shorter padded, in the wider of their dtypes."""
     tokens, masks = zip(*padded_texts(texts), strict=True)
     return torch.cat(tokens), None if masks[0] is None else torch.cat(masks)

@@ -25,6 +25,8 @@ from vcd_fast.rewards.vcd import VCDRewardSettings
 from vcd_fast.rollout.plan import RolloutSettings
 from vcd_fast.training.settings import SECTIONS, RunConfig, TrainingSettings
 
+Overlay = Mapping[str, Mapping[str, Any]]
+
 SECTION_TITLES = {
     "model": "model: weights, size of the video, guidance",
     "lora": "lora: what is trained",
@@ -52,16 +54,20 @@ def preset_names(family_name: str) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def compose(
-    family_name: str,
-    preset: str | None = None,
-    *overlays: Mapping[str, Mapping[str, Any]],
-) -> RunConfig:
+def compose(family_name: str, preset: str | None = None, *overlays: Overlay) -> RunConfig:
     """The configuration of a run; later overlays win.
 
     Raises:
         ValueError: unknown family, preset, section or key; a value out of range. All problems in one message.
     """
+    return RunConfig(family_name, preset, **compose_sections(family_name, preset, SECTIONS, *overlays))
+
+
+def compose_sections(
+    family_name: str, preset: str | None, wanted: Sequence[str], *overlays: Overlay
+) -> dict[str, BaseModel]:
+    """Only some sections of a run, for a command that needs no others; the rest of preset and overlays is still checked for
+    names nobody knows. Errors as of `compose`."""
     types_of = section_types(family_name)
     layers = [load_preset(family_name, preset)] if preset is not None else []
     values: dict[str, dict[str, Any]] = {name: {} for name in types_of}
@@ -74,23 +80,19 @@ def compose(
                 problems.append(f"section {section}: expected keys and values, got {entries!r}")
             else:
                 known = types_of[section].model_fields
-                problems += [
-                    _unknown("key", f"{section}.{key}", [f"{section}.{k}" for k in known])
-                    for key in entries
-                    if key not in known
-                ]
+                dotted = [f"{section}.{key}" for key in known]
+                problems += [_unknown("key", f"{section}.{key}", dotted) for key in entries if key not in known]
                 values[section].update({key: value for key, value in entries.items() if key in known})
     sections = {}
-    for name, kind in types_of.items():
+    for name in wanted:
         try:
-            sections[name] = kind(**values[name])
+            sections[name] = types_of[name](**values[name])
         except ValidationError as error:
             problems += [_explain(name, entry) for entry in error.errors()]
     if problems:
-        raise ValueError(
-            "configuration: " + "\n  ".join(["what is wrong:", *problems] if len(problems) > 1 else problems)
-        )
-    return RunConfig(family=family_name, preset=preset, **sections)
+        several = ["what is wrong:", *problems] if len(problems) > 1 else problems
+        raise ValueError("configuration: " + "\n  ".join(several))
+    return sections
 
 
 def load_preset(family_name: str, preset: str) -> dict[str, Any]:

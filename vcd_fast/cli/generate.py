@@ -34,11 +34,11 @@ def generate(
     import torch
     from rich.progress import Progress
 
-    from vcd_fast.config import compose
+    from vcd_fast.config import compose_sections
     from vcd_fast.devices import pick_device
     from vcd_fast.media import frame_strip, read_image, resize_crop, write_image, write_video
     from vcd_fast.models.base import family
-    from vcd_fast.models.lora import load_lora
+    from vcd_fast.models.lora import load_lora, read_lora
     from vcd_fast.rollout.generate import generate as sample
 
     width, height = parse_size(size) if size else (None, None)
@@ -54,8 +54,10 @@ def generate(
         "model": {key: value for key, value in given.items() if value is not None},
         "rollout": {"sampling_steps": steps} if steps is not None else {},
     }
-    config = compose(model, preset, overlay)
-    settings = config.model
+    sections = compose_sections(model, preset, ("model", "rollout"), overlay)
+    settings, sampling_steps = sections["model"], sections["rollout"].sampling_steps
+    if lora is not None:
+        read_lora(lora, model)  # what is wrong with it is said before anything large is loaded
     picture = resize_crop(read_image(image), settings.height, settings.width)
     torch_device = pick_device(device)
     package = family(model)
@@ -73,14 +75,14 @@ def generate(
     rows = []
     with Progress(transient=True) as progress:
         for number in seed:
-            task = progress.add_task(f"seed {number}", total=config.rollout.sampling_steps)
+            task = progress.add_task(f"seed {number}", total=sampling_steps)
 
             def report(phase: str, done: int, total: int, task=task) -> None:
                 progress.update(task, description=phase, completed=done, total=total)
 
             noise = torch.Generator().manual_seed(number)
             batch = condition.to(torch_device)
-            video = sample(network, batch, [noise], config.rollout.sampling_steps, on_progress=report)[0]
+            video = sample(network, batch, [noise], sampling_steps, on_progress=report)[0]
             path = output if len(seed) == 1 else output.with_stem(f"{output.stem}-{number}")
             write_video(path, video, settings.fps)
             rows.append((f"seed {number}", video))

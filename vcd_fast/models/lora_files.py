@@ -157,18 +157,21 @@ def read_lora(path: str | os.PathLike[str], family_name: str | None = None) -> L
 def export_lora(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    format: Format,
+    format: Format | str,
     *,
     family_name: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Convert the LoRA at `source`, of whichever format, to `format` at `target`; returns the file of weights.
 
-    `dtype` casts the matrices (None: as they are). Arguments and errors as of `read_lora` and `write_lora`.
+    `format` may also be one that the family alone has, a key of its `LORA_FORMATS` (Open-Sora: `vader`). `dtype` casts the matrices (None: as they are). Arguments and errors as of `read_lora` and `write_lora`.
     """
     weights = read_lora(source, family_name)
     if dtype is not None:
         weights = dataclasses.replace(weights, tensors={k: v.to(dtype) for k, v in weights.tensors.items()})
+    own = getattr(family(weights.family), "LORA_FORMATS", {}) if weights.family else {}
+    if format in own:
+        return own[format](target, weights)
     return write_lora(target, weights, format)
 
 

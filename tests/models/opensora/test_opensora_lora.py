@@ -15,6 +15,7 @@ from vcd_fast.models.lora import (
     LoRASettings,
     LoRAWeights,
     add_lora,
+    export_lora,
     load_lora,
     lora_parameters,
     lora_weights,
@@ -107,6 +108,16 @@ def test_from_vader_and_back(alpha, tmp_path):
     assert all(
         torch.equal(state[key], value) for key, value in torch.load(tmp_path / "lora.pt", weights_only=True).items()
     )
+
+
+@pytest.mark.parametrize("name", ["folder", "file.pt"])
+def test_export_to_vader(name, tmp_path):
+    model = tuned()
+    save_lora(model, tmp_path / "run")
+    path = export_lora(tmp_path / "run", tmp_path / name, "vader")
+    assert path == (tmp_path / name if name == "file.pt" else tmp_path / name / "lora_vader.pt")
+    weights = load_vader(path)
+    assert all(torch.equal(weights.tensors[k], v) for k, v in lora_weights(model).tensors.items())
 
 
 def test_peft_loads_what_is_exported(tmp_path):

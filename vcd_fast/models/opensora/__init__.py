@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vcd_fast.models.opensora.settings import ModelSettings
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from vcd_fast.models.opensora.lora_keys import load_vader, save_vader
 
 __all__ = [
+    "LORA_FORMATS",
     "LORA_TARGETS",
     "ModelSettings",
     "load_encoder",
@@ -23,6 +26,16 @@ __all__ = [
     "missing_weights",
     "save_vader",
 ]
+
+
+def _save_vader(path: Path, weights: Any) -> Path:
+    from vcd_fast.models.opensora.lora_keys import save_vader
+
+    return save_vader(path, weights)
+
+
+LORA_FORMATS: dict[str, Callable[[Path, Any], Path]] = {"vader": _save_vader}
+"""formats of LoRA files that only this family has, and what writes them"""
 
 _HOMES = {
     "load_encoder": "encoder",

@@ -58,13 +58,16 @@ def from_vader(state: dict[str, Tensor], alpha: float = VADER_ALPHA) -> LoRAWeig
 
 
 def save_vader(path: str | os.PathLike[str], weights: LoRAWeights) -> Path:
-    """Write a file that VADER's scripts load; nothing half-written is left.
+    """Write a file that VADER's scripts load, and return it; nothing half-written is left.
+
+    `path` is a folder, or a file name with a suffix.
 
     Raises:
         ValueError: a LoRA for another family.
         OSError: the file cannot be written.
     """
     path, state = Path(path), to_vader(weights)
+    path = path if path.suffix else path / "lora_vader.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(handle)

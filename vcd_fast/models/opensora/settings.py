@@ -83,8 +83,7 @@ class ModelSettings(BaseModelSettings):
         if value % CHUNK_FRAMES:
             low = max(CHUNK_FRAMES, value // CHUNK_FRAMES * CHUNK_FRAMES)
             raise ValueError(
-                f"expected a multiple of {CHUNK_FRAMES}, what the VAE was trained with, got {value}; the nearest are {low} and "
-                f"{low + CHUNK_FRAMES}"
+                f"expected a multiple of {CHUNK_FRAMES}, what the VAE was trained with; the nearest are {low} and {low + CHUNK_FRAMES}"
             )
         return value
 

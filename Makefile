@@ -21,7 +21,7 @@ train: $(STAMP)
 	$(BIN)/python vcd_fast/train.py --model wan --preset tiny --pictures examples/pictures --output $(RUN)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Open-Sora 1.2 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
+"""Open-Sora 1.2 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `load_meta`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from vcd_fast.models.opensora.encoder import load_encoder
     from vcd_fast.models.opensora.files import missing_weights
     from vcd_fast.models.opensora.lora_keys import load_vader, save_vader
+    from vcd_fast.models.opensora.meta import load_meta
 
 __all__ = [
     "LORA_FORMATS",
     "LORA_TARGETS",
     "ModelSettings",
     "load_encoder",
+    "load_meta",
     "load_model",
     "load_vader",
     "missing_weights",
@@ -39,6 +41,7 @@ LORA_FORMATS: dict[str, Callable[[Path, Any], Path]] = {"vader": _save_vader}
 
 _HOMES = {
     "load_encoder": "encoder",
+    "load_meta": "meta",
     "load_model": "adapter",
     "load_vader": "lora_keys",
     "missing_weights": "files",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from vcd_fast.models.hub import read_json
 from vcd_fast.models.opensora.settings import TEXT_ENCODER, TINY, TRANSFORMER, VAE, ModelSettings
 
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
@@ -46,7 +46,7 @@ def resolve(settings: ModelSettings, part: Part) -> Path:
         FileNotFoundError: a folder that is not there or lacks files.
         OSError: a hub name that can neither be found here nor downloaded.
     """
-    source, revision = _source(settings, part)
+    source, revision = source_of(settings, part)
     if isinstance(source, Path):
         problem = _problem(source, part)
         if problem:
@@ -67,7 +67,7 @@ def missing_weights(settings: ModelSettings) -> list[Missing]:
         return []
     found = []
     for part in PARTS:
-        source, revision = _source(settings, part)
+        source, revision = source_of(settings, part)
         if isinstance(source, Path):
             if _problem(source, part):
                 found.append(Missing(f"{part.name} in {source}", part.size, _command(part, str(source))))
@@ -76,8 +76,13 @@ def missing_weights(settings: ModelSettings) -> list[Missing]:
     return found
 
 
-def _source(settings: ModelSettings, part: Part) -> tuple[Path | str, str | None]:
-    """A local folder, or a hub name with the revision that was asked for."""
+def source_of(settings: ModelSettings, part: Part) -> tuple[Path | str, str | None]:
+    """A local folder, or a hub name with the revision that was asked for.
+
+    Raises:
+        ValueError: no weights were named, or a file.
+        FileNotFoundError: a folder that is not there.
+    """
     if settings.weights is None:
         raise ValueError(
             f"model.weights: expected a folder or hub name of Open-Sora 1.2's transformer ({TRANSFORMER}), or {TINY} to try things "
@@ -197,20 +202,6 @@ def _downloaded(name: str, revision: str | None, part: Part) -> Path:
 def _command(part: Part, folder: str | None, name: str | None = None, revision: str | None = None) -> str:
     command = f"hf download {name or part.published}" + (f" --revision {revision}" if revision else "")
     return command + (f" --local-dir {folder}" if folder else "")
-
-
-def read_json(path: Path) -> dict:
-    """
-    Raises:
-        ValueError: not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def content_digest(folders: Sequence[Path]) -> str:

@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vcd_fast.models.hub import read_json
 from vcd_fast.models.opensora.embeddings import rope_frequencies
-from vcd_fast.models.opensora.files import read_json, weight_files
+from vcd_fast.models.opensora.files import weight_files
 from vcd_fast.models.opensora.transformer import STDiT3
 from vcd_fast.models.opensora.vae import OpenSoraVAE
 
@@ -36,9 +37,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> STDiT3:
         ValueError: a configuration of another model; missing, unexpected, misshapen or damaged tensors, listed.
         FileNotFoundError: no configuration or weights.
     """
-    config = _config(folder, ("STDiT3", "STDiT3-XL/2"))
-    with torch.device("meta"):
-        model = STDiT3(**_known(STDiT3, config))
+    model = empty_transformer(folder)
     frequencies = rope_frequencies(model.head_dim)
     loaded = _fill(model, folder, dtype, may_be_absent={ROPE: frequencies})
     if not torch.allclose(loaded.rope.freqs.float(), frequencies, rtol=1e-2, atol=0):
@@ -48,10 +47,26 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> STDiT3:
 
 def load_vae(folder: Path, dtype: torch.dtype) -> OpenSoraVAE:
     """The VAE from `config.json` and weights, spatial part included. Errors as of `load_transformer`."""
+    return _fill(empty_vae(folder), folder, dtype, may_be_absent={})
+
+
+def empty_transformer(folder: Path) -> STDiT3:
+    """STDiT3 on the meta device, from `config.json` alone.
+
+    Raises:
+        ValueError: a configuration of another model.
+        FileNotFoundError: none.
+    """
+    config = _config(folder, ("STDiT3", "STDiT3-XL/2"))
+    with torch.device("meta"):
+        return STDiT3(**_known(STDiT3, config))
+
+
+def empty_vae(folder: Path) -> OpenSoraVAE:
+    """The VAE on the meta device. Errors as of `empty_transformer`."""
     config = _config(folder, ("OpenSoraVAE", "VideoAutoencoderPipeline", "OpenSoraVAE_V1_2"))
     with torch.device("meta"):
-        model = OpenSoraVAE(**_known(OpenSoraVAE, config))
-    return _fill(model, folder, dtype, may_be_absent={})
+        return OpenSoraVAE(**_known(OpenSoraVAE, config))
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:

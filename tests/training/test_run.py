@@ -123,6 +123,22 @@ class TestInterruption:
         assert same_weights(undisturbed[0], output)
 
 
+def test_steps_that_are_not_finite_are_skipped_counted_and_stop_the_run(training, small_run, tmp_path):
+    """A learning rate that throws the weights to infinity: the one step before it shows is applied, no other is."""
+    output = tmp_path / "run"
+    code, out, err = training(
+        *small_run, "--output", output, "--learning-rate", "1e30", "--max-bad-steps", "3", "--checkpoint-every", "1"
+    )
+    assert code == 1
+    assert "error: max_bad_steps: reward or gradient was not finite in 3 steps in a row" in err
+    assert out.count("skipped reward or gradient not finite") == 3
+    applied = [line["applied"] for line in log.read(output / "log.jsonl") if line["kind"] == "train"]
+    assert applied == [True, False, False, False]
+    kept = [load_file(path / "lora.safetensors") for path in list_complete(output)]
+    assert len(kept) == 2
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
 class TestOverfit:
     @pytest.mark.parametrize("seed", [0, 1, 2])
     def test_sixty_steps_lower_the_distance_of_the_clip(self, training, small_pictures, tmp_path, seed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,6 +83,9 @@ class HeldOut:
         return generate(self.model, condition, [generator], self.sampling_steps, forward=forward)
 
     def _write(self, folder: Path, clip: HeldOutClip, video: Tensor) -> None:
+        if not torch.isfinite(video).all():
+            warnings.warn(f"{clip.name}: the video is not finite, so there is nothing to show", stacklevel=2)
+            return
         write_video(folder / f"{clip.name}.mp4", video, self.model.settings.fps)
         rows = [(folder.name, video)]
         base = self.folder / BASE / f"{clip.name}.mp4"

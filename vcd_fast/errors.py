@@ -10,11 +10,22 @@ import warnings
 from collections.abc import Iterator
 
 TRACEBACK_VARIABLE = "VCD_FAST_TRACEBACK"
+EXTRAS = {
+    **dict.fromkeys(("av", "PIL", "rich", "typer", "matplotlib"), "cli"),
+    **dict.fromkeys(
+        ("diffusers", "transformers", "peft", "deepspeed", "pydantic", "yaml", "filelock", "ftfy"), "train"
+    ),
+    **dict.fromkeys(("triton", "xformers"), "gpu"),
+    "scipy": "eval",
+}
+"""the extra of setup.py that brings a package"""
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 def describe(error: BaseException) -> str:
     """The message of `error` in one line of the form a person can act on."""
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is not installed; this command needs pip install 'vcd_fast[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"

@@ -23,7 +23,7 @@ from .polar import load_complex, modulus_and_angle
 @triton.jit
 def project_fwd_kernel(
     z_ptr, index_ptr, r_ptr, a_ptr, p_ptr, C, K, plane, m, singles, kept, pitch,
-    AMPLITUDE: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
+    AMPLITUDE: tl.constexpr, PHASE: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(kept, BLOCK_J), cdiv(K, BLOCK_K), samples)."""
@@ -33,7 +33,6 @@ def project_fwd_kernel(
     z_ptr += sample * C * plane  # offsets inside a sample fit 32 bits, which the launcher checks
     bins = tl.load(index_ptr + j, mask=j < kept, other=0)
     alone = (j >= m) & (j < m + singles)
-    mirrored = j >= m + singles
     a = tl.zeros((BLOCK_K, BLOCK_J), tl.float32)
     p = tl.zeros((BLOCK_K, BLOCK_J), tl.float32)
     for c0 in range(0, C, BLOCK_C):
@@ -42,7 +41,8 @@ def project_fwd_kernel(
         re, im = load_complex(z_ptr, c[:, None] * plane + bins[None, :], inside)
         im = tl.where(alone[None, :], 0.0, im)  # self-conjugate bins are real, whatever the FFT rounded to
         modulus, angle = modulus_and_angle(re, im)
-        angle = tl.where(mirrored[None, :] & ((im != 0.0) | (re >= 0.0)), -angle, angle)
+        if MIRRORED:
+            angle = tl.where((j >= m + singles)[None, :] & ((im != 0.0) | (re >= 0.0)), -angle, angle)
         r = tl.load(r_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
         if AMPLITUDE:
             a = tl.dot(r, modulus, a, input_precision=PRECISION)
@@ -104,7 +104,7 @@ def project_fwd(
     def run(c: configs.ProjectConfig) -> None:
         project_fwd_kernel[(triton.cdiv(kept, c.block_j), triton.cdiv(count, c.block_k), samples)](
             z, index, directions, a, p, channels, count, plane, representatives, singles, kept, pitch,
-            AMPLITUDE=amplitude, PHASE=phase, PRECISION=precision,
+            AMPLITUDE=amplitude, PHASE=phase, MIRRORED=kept > representatives + singles, PRECISION=precision,
             BLOCK_K=c.block_k, BLOCK_J=c.block_j, BLOCK_C=c.block_c, num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -1,0 +1,22 @@
+"""What must be settled before any test module is imported."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+# Triton decides when it is imported whether kernels are compiled or interpreted, and other libraries import it. Without a GPU the whole
+# run therefore interprets; with one, kernels are compiled and the same tests run on it.
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,164 @@
+"""What is measured: the cases, and which of them a run takes.
+
+A *measurement* is a case and a provider. `selection("full")` is every measurement there is; "subset" is what runs in minutes on a CPU;
+"quick" has other, tiny sizes and only shows that everything works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Kind = Literal["layer", "video"]
+Mode = Literal["both", "no_grad", "forward", "backward", "prepare"]
+Reading = Literal["vcd", "fdl"]
+Level = Literal["quick", "subset", "full"]
+
+CHANNELS = {"relu1_1": 64, "relu2_1": 128, "relu3_1": 256, "relu4_1": 512, "relu5_1": 512}
+SIZE, LARGE_SIZE, QUICK_SIZE = (272, 368), (480, 832), (80, 96)
+FRAMES = (1, 8, 24, 49)
+PROJECTIONS = (32, 256)
+PATCH_SIZE = {"vcd": 1, "fdl": 5}
+
+OURS = ("reference", "simd", "triton")
+PLAIN = {"vcd": ("eager", "compile"), "fdl": ("published",)}
+MODES: dict[Mode, str] = {
+    "both": "forward and backward",
+    "no_grad": "value without gradient",
+    "forward": "forward of training",
+    "backward": "backward of training",
+    "prepare": "the condition's side alone",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing that every provider can be asked to compute.
+
+    Attributes:
+        kind: "layer": the sliced distance of one VGG19 feature map to the condition's, whose side is prepared beforehand by those who
+            can; "video": the whole loss from pixels, the condition's side included.
+        mode: see `MODES`.
+        size: height and width of the image in pixels; a layer's map is smaller by its pooling.
+        num_projections: K.
+        reading: "vcd": directions in the channels, VCD's temporal weights; "fdl": FDL's patches and layers.
+        layer: VGG19 ReLU, for kind "layer".
+        frames: frames that are compared; a clip has the condition in front of them.
+        dtype: of VGG19, for kind "video".
+        memory_only: the peak is measured and no time.
+    """
+
+    kind: Kind
+    mode: Mode
+    size: tuple[int, int]
+    num_projections: int
+    reading: Reading = "vcd"
+    layer: str | None = None
+    frames: int = 1
+    dtype: str = "float32"
+    memory_only: bool = False
+
+    @property
+    def patch_size(self) -> int:
+        return PATCH_SIZE[self.reading]
+
+    @property
+    def name(self) -> str:
+        height, width = self.size
+        what = self.layer if self.kind == "layer" else f"{self.frames}frames"
+        parts = [self.reading, what, f"{height}x{width}", f"K{self.num_projections}", self.mode]
+        parts += [self.dtype] if self.dtype != "float32" else []
+        parts += ["memory"] if self.memory_only else []
+        return "-".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    case: Case
+    provider: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.name}-{self.provider}"
+
+
+def map_size(layer: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a layer's map for images of `size`: halved, rounded down, by every pooling in front of it."""
+    halvings = int(layer[4]) - 1
+    return size[0] >> halvings, size[1] >> halvings
+
+
+def layer_cases(size: tuple[int, int], projections: tuple[int, ...], modes: tuple[Mode, ...]) -> list[Case]:
+    return [Case("layer", mode, size, k, layer=layer) for mode in modes for k in projections for layer in CHANNELS]
+
+
+def _with(case: Case, *providers: str) -> list[Measurement]:
+    return [Measurement(case, provider) for provider in providers]
+
+
+def _all(case: Case) -> list[Measurement]:
+    """A case with every provider that knows its reading and mode."""
+    ours = [] if case.mode == "prepare" else list(PLAIN[case.reading])
+    vgg = ["vgg19"] if case.kind == "video" and case.mode == "both" and case.reading == "vcd" else []
+    return _with(case, *ours, *OURS, *vgg)
+
+
+def _memory_cases(size: tuple[int, int], projections: int) -> list[Measurement]:
+    """Peaks that show how memory grows: of the eager formula over the first frames, of ours over a few and many."""
+    found = []
+    for frames, providers in ((1, ("eager",)), (2, ("eager",)), (3, ("eager",)), (4, OURS), (24, OURS)):
+        found += _with(Case("video", "both", size, projections, frames=frames, memory_only=True), *providers)
+    return found
+
+
+def _quick() -> list[Measurement]:
+    found = []
+    for mode in MODES:
+        found += _all(Case("layer", mode, QUICK_SIZE, 16, layer="relu2_1"))
+    found += _all(Case("layer", "both", QUICK_SIZE, 16, "fdl", layer="relu5_1"))
+    for reading in PATCH_SIZE:
+        found += _all(Case("video", "both", QUICK_SIZE, 8, reading, frames=2))
+    return found + _memory_cases(QUICK_SIZE, 8)
+
+
+def _subset() -> list[Measurement]:
+    found = []
+    for case in layer_cases(SIZE, (256,), ("both",)):
+        found += _with(case, "eager", *OURS)
+    found += _memory_cases(SIZE, 256)
+    whole = Case("video", "both", SIZE, 256)
+    found += _with(whole, "eager", *OURS, "vgg19")
+    found += _with(dataclasses.replace(whole, frames=24), "simd", "triton")
+    for case in layer_cases(SIZE, (256,), ("no_grad", "prepare")):
+        found += _with(case, "simd", "triton")
+    for case in layer_cases(SIZE, (32,), ("both", "no_grad")):
+        found += _with(case, "eager", "simd", "triton")
+    for case in layer_cases(SIZE, (32,), ("forward", "backward")):
+        found += _with(case, "eager", "simd", "triton")
+    found += _all(Case("layer", "both", SIZE, 256, layer="relu4_1"))
+    found += _all(Case("layer", "both", SIZE, 32, "fdl", layer="relu3_1"))
+    found += _with(dataclasses.replace(whole, num_projections=32), "eager", "simd", "triton")
+    return list(dict.fromkeys(found))
+
+
+def _full() -> list[Measurement]:
+    found = _subset()
+    training: tuple[Mode, ...] = ("both", "no_grad", "forward", "backward")
+    for case in layer_cases(SIZE, PROJECTIONS, (*training, "prepare")):
+        found += _all(case)
+    for case in layer_cases(SIZE, PROJECTIONS, training):
+        found += _all(dataclasses.replace(case, reading="fdl"))
+    for size in (SIZE, LARGE_SIZE):
+        for frames in FRAMES:
+            for k in PROJECTIONS:
+                for mode in training if frames == 1 else ("both",):
+                    for reading in PATCH_SIZE:
+                        found += _all(Case("video", mode, size, k, reading, frames=frames))
+    bf16 = Case("video", "both", SIZE, 256, frames=8, dtype="bfloat16")
+    found += _with(bf16, "eager", "triton", "vgg19")
+    return list(dict.fromkeys(found))
+
+
+def selection(level: Level) -> list[Measurement]:
+    """The measurements of a run, the most telling first."""
+    return {"quick": _quick, "subset": _subset, "full": _full}[level]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from vcd_fast.models.base import Condition, I2VModel
 from vcd_fast.rollout.plan import Plan
 from vcd_fast.rollout.sampler import Forward, rollout
+
+if TYPE_CHECKING:
+    from vcd_fast.rollout.step_cache.hooks import StepCache
 
 
 @torch.no_grad()
@@ -22,6 +26,7 @@ def generate(
     frames: Sequence[int] | None = None,
     forward: Forward | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    cache: StepCache | None = None,
 ) -> Tensor:
     """Sample and decode a batch of clips of the size in `model.settings`.
 
@@ -30,6 +35,7 @@ def generate(
         generators: one for the batch, or one per sample, which makes a sample independent of its batch.
         frames: 0-based positions to decode, ascending; None: all.
         on_progress: called with ("sample", steps done, steps) and ("decode", clips done, clips).
+        cache: of `model.transformer`, to sample with.
 
     Returns:
         video [B, T, 3, H, W] float32 in [0, 1], on the CPU. Clips are decoded one at a time.
@@ -48,6 +54,7 @@ def generate(
         Plan(),
         forward=forward,
         on_step=lambda done, total: report("sample", done, total),
+        cache=cache,
     )
     clips = []
     for index in range(len(latents)):

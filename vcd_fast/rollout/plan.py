@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -29,6 +30,30 @@ class RolloutSettings(BaseModel):
         "block",
         description="what the backward recomputes: nothing, every block, every step (nothing of a step is kept while the reward is "
         "computed), or both (least memory)",
+    )
+
+    step_cache: Literal["none", "teacache"] = Field(
+        "none",
+        description="teacache: steps of training's rollouts that would change little repeat the effect of the last computed one; held-out "
+        "clips are always sampled without",
+    )
+    cache_threshold: float | None = Field(
+        None,
+        gt=0,
+        description="skip while the estimated change is below this; unset: the default published for the model",
+    )
+    cache_coefficients: str | None = Field(
+        None,
+        description="a file of `vcd calibrate`, or a published set by name; unset: the set published for the model",
+    )
+    cache_mode: Literal["ret", "non-ret"] | None = Field(
+        None,
+        description="what is compared: `ret` the projected time embedding, the first 5 steps computed; `non-ret` the time embedding itself, "
+        "the first and last step computed; unset: ret where the model has it",
+    )
+    cache_residual: Literal["in-graph", "detached"] = Field(
+        "in-graph",
+        description="gradient of a skipped step: through the step whose effect it repeats (exact for the cached sampler), or cut there",
     )
 
     @field_validator("backprop")
@@ -93,6 +118,14 @@ class Plan:
     def draws(self) -> bool:
         """Whether the steps depend on a generator."""
         return self.kind in ("random", "spaced")
+
+    def computed(self, chosen: Sequence[int]) -> tuple[int, ...]:
+        """Of the differentiated steps those that a step cache may not skip.
+
+        Drawn steps are there for their own gradient. With `stop_input_gradient` each step's gradient is computed alone, where there is no
+        earlier step to pass it on to. Otherwise the first: it would repeat the effect of a step without a graph.
+        """
+        return tuple(chosen if self.draws or self.stop_input_gradient else chosen[:1])
 
     @property
     def checkpoint_blocks(self) -> bool:

@@ -7,8 +7,8 @@ latents first and comes back through `Rollout.surrogates`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vcd_fast.models.base import Condition, I2VModel, Schedule, State, Step
 from vcd_fast.rollout.plan import Plan
+
+if TYPE_CHECKING:
+    from vcd_fast.rollout.step_cache.hooks import StepCache
 
 Forward = Callable[..., object]
 OnStep = Callable[[int, int], None]
@@ -31,6 +34,7 @@ def rollout(
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    cache: StepCache | None = None,
 ) -> Tensor:
     """Latents x_N [B, C, f, h, w] float32 after the last step, with the graph that `plan` asks for.
 
@@ -39,6 +43,7 @@ def rollout(
         forward: stands in for `model.transformer`, as a training engine's wrapper does.
         generator: draws the steps of `random:K` and `spaced:K` plans.
         on_step: called with (steps done, steps in all) after every step.
+        cache: applied to `model.transformer`; skips steps. Where a graph was built, call its `end` after the backward, not before.
 
     Under `torch.no_grad()` no step builds a graph and nothing is drawn from `generator`.
 
@@ -46,7 +51,11 @@ def rollout(
         ValueError: a plan that wants more steps than `schedule` has, or draws and got no generator.
     """
     chosen = plan.steps(len(schedule), generator) if torch.is_grad_enabled() else ()
-    return _sample(model, condition, state, schedule, plan, chosen, forward, on_step)
+    _begin(cache, schedule, plan, chosen)
+    latents = _sample(model, condition, state, schedule, plan, chosen, forward, on_step)
+    if cache is not None and not chosen:
+        cache.end()
+    return latents
 
 
 def run(
@@ -59,19 +68,21 @@ def run(
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    cache: StepCache | None = None,
 ) -> Rollout:
     """Sample and keep what the backward needs; arguments and errors as of `rollout`.
 
     A plan that stops the input gradient (`spaced:K`) samples without any graph and gives K terms, each of which runs its step once
     more: memory does not depend on K. Any other plan gives one term. With checkpointing `step` or `both` only latents are kept for
     it, so that the memory of the window and of the reward do not add up; with `none` or `block` the graph of the window stays while
-    the reward is computed, which saves one forward per chosen step.
+    the reward is computed, which saves one forward per chosen step. With a cache, call `Rollout.close` after the last backward.
     """
     chosen = plan.steps(len(schedule), generator)
+    _begin(cache, schedule, plan, chosen)
     if not plan.stop_input_gradient:
         with torch.enable_grad():
             latents = _sample(model, condition, state, schedule, plan, chosen, forward, on_step)
-        return Rollout(latents.detach(), chosen, 1, lambda gradient: iter([(latents * gradient).sum()]))
+        return Rollout(latents.detach(), chosen, 1, lambda gradient: iter([(latents * gradient).sum()]), cache)
     passed: list[_Passed] = []
     with torch.no_grad():
         for step in schedule:
@@ -91,7 +102,7 @@ def run(
                     term = (velocity * of_velocity).sum()
                 yield term
 
-    return Rollout(state.latents, chosen, len(chosen), terms)
+    return Rollout(state.latents, chosen, len(chosen), terms, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,17 @@ class Rollout:
     num_surrogates: int
     """how many terms `surrogates` gives"""
     _terms: Callable[[Tensor], Iterator[Tensor]]
+    _cache: StepCache | None = None
+
+    @property
+    def computed(self) -> tuple[bool, ...]:
+        """For every step whether a step cache let it be computed; empty without one, and after `close`."""
+        return () if self._cache is None else self._cache.decisions
+
+    def close(self) -> None:
+        """Let go of what the step cache keeps for the backward."""
+        if self._cache is not None:
+            self._cache.end()
 
     def surrogates(self, gradient: Tensor) -> Iterator[Tensor]:
         """Scalars whose backwards, one after the other, add up to the derivative of <x_N, gradient>.
@@ -120,6 +142,12 @@ class Rollout:
         if gradient.shape != self.latents.shape:
             raise ValueError(f"gradient: expected {list(self.latents.shape)}, got {list(gradient.shape)}")
         return self._terms(gradient.detach())
+
+
+def _begin(cache: StepCache | None, schedule: Schedule, plan: Plan, chosen: Sequence[int]) -> None:
+    if cache is not None:
+        timesteps = [step.timestep for step in schedule]
+        cache.begin(timesteps, plan.computed(chosen), chosen[0] if chosen else None)
 
 
 class _Passed(NamedTuple):

@@ -1,0 +1,44 @@
+"""The step cache as the section `rollout` of a run asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vcd_fast.models.base import I2VModel
+from vcd_fast.rollout.plan import RolloutSettings
+from vcd_fast.rollout.step_cache.hooks import StepCache, StepCacheConfig, apply_step_cache
+
+
+def build_step_cache(
+    model: I2VModel, settings: RolloutSettings, agree: Callable[[bool], bool] | None = None
+) -> StepCache | None:
+    """Apply the cache to `model.transformer`, switched off until a rollout begins; None without one.
+
+    Call it before an engine shards the weights: where decisions are a function of the timesteps they are made here, once, from
+    weights that are whole, so that they are the same on all ranks and for every LoRA.
+
+    Args:
+        agree: see `StepCacheConfig`.
+
+    Raises:
+        ValueError, OSError: a model or settings that the cache does not know.
+    """
+    if settings.step_cache == "none":
+        return None
+    config = StepCacheConfig(
+        threshold=settings.cache_threshold,
+        coefficients=settings.cache_coefficients,
+        mode=settings.cache_mode,
+        residual=settings.cache_residual,
+        agree=agree,
+    )
+    cache = apply_step_cache(model.transformer, config, model.settings.weights)
+    cache.distances(timesteps_of(model, settings.sampling_steps))
+    cache.end()
+    return cache
+
+
+def timesteps_of(model: I2VModel, sampling_steps: int) -> list[float]:
+    """The timesteps of a clip of the size in `model.settings`."""
+    size = model.settings
+    return [step.timestep for step in model.schedule(sampling_steps, size.height, size.width, size.num_frames)]

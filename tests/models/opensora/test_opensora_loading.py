@@ -380,3 +380,5 @@ def test_hub_names_in_the_local_cache(monkeypatch, tmp_path, published):
     assert "transformer" not in str(package.missing_weights(settings))
     (snapshot / "model.safetensors").unlink()
     assert package.missing_weights(settings)[0].what == "transformer (someone/stdit)"
+    with pytest.raises(FileNotFoundError, match=r"holds no weights .*\n +hf download someone/stdit"):
+        package.load_model(settings)

@@ -169,7 +169,7 @@ def test_a_broken_config_is_named(settings, pipeline_folder, tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(pipeline_folder, folder)
     (folder / "transformer" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config.json: expected JSON"):
         load_encoder(settings(weights=str(folder)))
     (folder / "transformer" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):

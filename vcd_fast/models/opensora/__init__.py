@@ -1,4 +1,4 @@
-"""Open-Sora 1.2 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `load_meta`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
+"""Open-Sora 1.2 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `load_meta`, `missing_weights`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
 
 from __future__ import annotations
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from vcd_fast.frozen_conv import freeze_convolutions
 from vcd_fast.models.base import Generators, Schedule, Step
+from vcd_fast.models.checkpointing import block_checkpointing
+from vcd_fast.models.noise import draw_noise
 from vcd_fast.models.opensora import tiny
 from vcd_fast.models.opensora.condition import OpenSoraCondition, padded_texts
 from vcd_fast.models.opensora.conditioning import parse_strategy, place
@@ -22,6 +23,7 @@ from vcd_fast.models.opensora.settings import TINY, ModelSettings
 from vcd_fast.models.opensora.targets import LORA_TARGETS
 from vcd_fast.models.opensora.transformer import STDiT3
 from vcd_fast.models.opensora.vae import SPATIAL_FACTOR, OpenSoraVAE, latent_frames
+from vcd_fast.models.random_weights import warn_random
 
 Forward = Callable[..., object]
 
@@ -34,7 +36,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> O
     """
     dtype, vae_dtype = getattr(torch, settings.dtype), getattr(torch, settings.vae_dtype)
     if settings.weights == TINY:
-        tiny.warn_random()
+        warn_random(f"model.weights={TINY}")
         transformer, vae = tiny.tiny_transformer(dtype), tiny.tiny_vae(vae_dtype)
     else:
         folders = [resolve(settings, part) for part in (TRANSFORMER_PART, VAE_PART)]
@@ -73,18 +75,8 @@ class OpenSoraI2V:
         self.vae.to(device)
         return self
 
-    @contextmanager
-    def block_checkpointing(self, enabled: bool) -> Iterator[None]:
-        transformer = self.transformer
-        before = transformer.gradient_checkpointing, getattr(transformer, "_gradient_checkpointing_func", None)
-        transformer.gradient_checkpointing = enabled
-        transformer._gradient_checkpointing_func = partial(
-            torch_checkpoint, use_reentrant=False, preserve_rng_state=False
-        )
-        try:
-            yield
-        finally:
-            transformer.gradient_checkpointing, transformer._gradient_checkpointing_func = before
+    def block_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        return block_checkpointing(self.transformer, enabled)
 
     def reference(self, images: Tensor) -> Tensor:
         """What decoded frames are compared with: images [..., H, W] of the clip's size without the rows at the bottom and the columns at
@@ -110,7 +102,7 @@ class OpenSoraI2V:
                 f"{self.settings.height}x{self.settings.width}, got {list(image.shape)}"
             )
         frames = latent_frames(self.settings.num_frames)
-        draw = partial(_noise, (channels, frames, *size), batch, generator)
+        draw = partial(draw_noise, (channels, frames, *size), batch, generator)
         latents, edit = place(draw().to(image.device), [image.float()], self._placements)
         fractional = any(0 < placement.edit < 1 for placement in self._placements)
         return OpenSoraState(latents, edit, edit == 1, draw().to(image.device) if fractional else None)
@@ -171,14 +163,6 @@ class OpenSoraI2V:
         with torch.autocast(latents.device.type, enabled=False):
             pixels = self.vae.decode(latents, self.settings.num_frames, frames, checkpoint=checkpoint)
         return pixels.transpose(1, 2).float().mul(0.5).add(0.5).clamp(0, 1)
-
-
-def _noise(shape: tuple[int, ...], batch: int, generator: Generators) -> Tensor:
-    if isinstance(generator, torch.Generator):
-        return torch.randn((batch, *shape), generator=generator, device=generator.device)
-    if len(generator) != batch:
-        raise ValueError(f"generator: expected one for each of {batch} samples, got {len(generator)}")
-    return torch.stack([torch.randn(shape, generator=each, device=each.device) for each in generator])
 
 
 def _joined(*texts: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
@@ -11,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from vcd_fast.models.base import Generators
+from vcd_fast.models.encoders import check_inputs, free_memory
+from vcd_fast.models.hub import content_digest
 from vcd_fast.models.opensora import tiny
 from vcd_fast.models.opensora.condition import OpenSoraCondition
-from vcd_fast.models.opensora.files import TEXT_ENCODER_PART, TOKENIZER_PART, VAE_PART, content_digest, resolve
+from vcd_fast.models.opensora.files import TEXT_ENCODER_PART, TOKENIZER_PART, VAE_PART, resolve
 from vcd_fast.models.opensora.loading import load_text_encoder, load_tokenizer, load_vae
 from vcd_fast.models.opensora.settings import TINY, ModelSettings
 from vcd_fast.models.opensora.text import append_scores, clean_caption, embed, prepare_prompts
+from vcd_fast.models.random_weights import SEED, warn_random
 
 VERSION = 1
 """Raise it when the same weights and inputs encode to something else: cached encodings are then computed anew."""
@@ -40,10 +42,10 @@ class OpenSoraEncoder:
         self.settings = settings
         self.device = torch.device(device)
         self._folders = {}
-        weights = f"{TINY}:{tiny.SEED}"
+        weights = f"{TINY}:{SEED}"
         if settings.weights != TINY:
             self._folders = {part: resolve(settings, part) for part in (TEXT_ENCODER_PART, TOKENIZER_PART, VAE_PART)}
-            weights = content_digest(list(self._folders.values()))
+            weights = content_digest({part.name: folder for part, folder in self._folders.items()})
         choices = (
             VERSION,
             weights,
@@ -75,15 +77,9 @@ class OpenSoraEncoder:
             ValueError: images of another size than `height` x `width`, not as many prompts as images, an empty prompt, or negative
                 prompts that are empty for some of the images only.
         """
-        if images.ndim != 4 or images.shape[1:] != (3, height, width):
-            raise ValueError(f"images: expected [B, 3, {height}, {width}], got {list(images.shape)}")
-        if not len(images) == len(prompts) == len(negative_prompts):
-            raise ValueError(
-                f"prompts: expected one prompt and one negative prompt for each of {len(images)} images, got {len(prompts)} and "
-                f"{len(negative_prompts)}"
-            )
+        check_inputs(images, prompts, negative_prompts, height, width)
         if self.settings.weights == TINY:
-            tiny.warn_random()
+            warn_random(f"model.weights={TINY}")
         texts, negative_texts = self._encode_text(prompts, negative_prompts)
         latents = self._encode_images(images)
         return OpenSoraCondition.collate(
@@ -130,8 +126,5 @@ class OpenSoraEncoder:
     def _used(self, load: Callable[[], nn.Module], work: Callable[[nn.Module], list[Tensor]]) -> list[Tensor]:
         """`work` of a model that is loaded for it, with its memory given back before the next one is."""
         result = work(load().eval().requires_grad_(False).to(self.device))
-        if self._folders:  # real weights are worth the wait
-            gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device, collect=bool(self._folders))
         return result

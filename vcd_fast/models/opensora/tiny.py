@@ -5,47 +5,25 @@ For tests and for trying a training setup on a CPU in minutes. Nothing in it was
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-import zlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
 from vcd_fast.models.opensora.transformer import STDiT3
 from vcd_fast.models.opensora.vae import OpenSoraVAE
+from vcd_fast.models.random_weights import seeded
 
-SEED = 0
 TEXT_DIM = 32
-
-
-@contextlib.contextmanager
-def _seeded(component: str) -> Iterator[None]:
-    """Draw a component's weights from its own seed and leave the global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED + zlib.crc32(component.encode()))
-        yield
-
-
-def warn_random() -> None:
-    warnings.warn(
-        "model.weights=tiny-random: these weights are random, so videos and rewards mean nothing; they exist to try a setup quickly. "
-        "Set model.weights to a folder or hub name for a real model.",
-        UserWarning,
-        stacklevel=3,
-    )
 
 
 def tiny_transformer(dtype: torch.dtype = torch.float32) -> STDiT3:
     """2 x 2 blocks of width 64; the same weights at every call."""
-    with _seeded("transformer"):
+    with seeded("transformer"):
         model = STDiT3(hidden_size=64, depth=2, num_heads=4, caption_channels=TEXT_DIM)
     return _cast(model, dtype)
 
 
 def tiny_vae(dtype: torch.dtype = torch.float32) -> OpenSoraVAE:
-    with _seeded("vae"):
+    with seeded("vae"):
         model = OpenSoraVAE(
             block_out_channels=(8, 16, 32, 32),
             layers_per_block=1,
@@ -70,7 +48,7 @@ def tiny_text_encoder(dtype: torch.dtype = torch.float32) -> nn.Module:
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
-    with _seeded("text_encoder"):
+    with seeded("text_encoder"):
         model = T5EncoderModel(config)
     return _cast(model, dtype)
 

@@ -1,4 +1,4 @@
-"""Wan 2.1 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `load_meta`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
+"""Wan 2.1 image-to-video: `ModelSettings`, `load_encoder`, `load_model`, `load_meta`, `missing_weights`, `LORA_TARGETS` (see `vcd_fast.models.base.family`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vcd_fast.models.wan.targets import LORA_TARGETS
 if TYPE_CHECKING:
     from vcd_fast.models.wan.adapter import load_model
     from vcd_fast.models.wan.encoder import load_encoder
+    from vcd_fast.models.wan.loading import missing_weights
     from vcd_fast.models.wan.meta import load_meta
 
 __all__ = [
@@ -21,10 +22,11 @@ __all__ = [
     "load_encoder",
     "load_meta",
     "load_model",
+    "missing_weights",
     "model_module_name",
 ]
 
-_HOMES = {"load_encoder": "encoder", "load_meta": "meta", "load_model": "adapter"}
+_HOMES = {"load_encoder": "encoder", "load_meta": "meta", "load_model": "adapter", "missing_weights": "loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from vcd_fast.models.base import Generators, Schedule, State, Step
+from vcd_fast.models.checkpointing import block_checkpointing
+from vcd_fast.models.noise import draw_noise
+from vcd_fast.models.random_weights import warn_random
 from vcd_fast.models.wan import tiny
 from vcd_fast.models.wan.condition import WanCondition
 from vcd_fast.models.wan.decode import WanDecoder
@@ -30,7 +31,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> W
         ValueError, OSError: weights that are not there, or not those of a Wan I2V model.
     """
     if settings.weights in TINY_NAMES:
-        tiny.warn_random(f"model.weights={settings.weights}")
+        warn_random(f"model.weights={settings.weights}")
         transformer = cast_keeping_float32(
             tiny.tiny_transformer(image_encoder=settings.weights == TINY), getattr(torch, settings.dtype)
         )
@@ -108,30 +109,15 @@ class WanI2V:
         self.vae.to(device)
         return self
 
-    @contextmanager
-    def block_checkpointing(self, enabled: bool) -> Iterator[None]:
-        transformer = self.transformer
-        before = transformer.gradient_checkpointing, getattr(transformer, "_gradient_checkpointing_func", None)
-        transformer.gradient_checkpointing = enabled
-        transformer._gradient_checkpointing_func = partial(
-            torch_checkpoint, use_reentrant=False, preserve_rng_state=False
-        )
-        try:
-            yield
-        finally:
-            transformer.gradient_checkpointing, transformer._gradient_checkpointing_func = before
+    def block_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        return block_checkpointing(self.transformer, enabled)
 
     def schedule(self, sampling_steps: int, height: int, width: int, num_frames: int) -> Schedule:
         return flow_schedule(sampling_steps, self.settings.shift)
 
     def initial(self, condition: WanCondition, generator: Generators) -> State:
         batch, _, *size = condition.latents.shape
-        if isinstance(generator, torch.Generator):
-            noise = _noise((batch, LATENT_CHANNELS, *size), generator)
-        else:
-            if len(generator) != batch:
-                raise ValueError(f"generator: expected one for each of {batch} samples, got {len(generator)}")
-            noise = torch.cat([_noise((1, LATENT_CHANNELS, *size), each) for each in generator])
+        noise = draw_noise((LATENT_CHANNELS, *size), batch, generator)
         return State(noise.to(condition.latents.device))
 
     def velocity(
@@ -187,7 +173,3 @@ class WanI2V:
             raise ImportError(
                 f"model.attention_backend={name} cannot be used here: {error}. `sdpa` always can."
             ) from error
-
-
-def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)

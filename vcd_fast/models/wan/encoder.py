@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import html
 import re
 from collections.abc import Callable, Sequence
@@ -15,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vcd_fast.models.base import Generators
+from vcd_fast.models.encoders import check_inputs, free_memory
+from vcd_fast.models.hub import content_digest
+from vcd_fast.models.random_weights import SEED, warn_random
 from vcd_fast.models.wan import tiny
 from vcd_fast.models.wan.condition import TEXT_TOKENS, WanCondition, mask_channels
-from vcd_fast.models.wan.loading import content_digest, read_config, resolve
+from vcd_fast.models.wan.loading import encoder_parts, read_config, resolve
 from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings, latent_shape
 
 VERSION = 1
@@ -47,16 +49,14 @@ class WanEncoder:
         self._folder: Path | None = None
         if settings.weights in TINY_NAMES:
             self.has_image_encoder = settings.weights == TINY
-            weights = f"{settings.weights}:{tiny.SEED}"
+            weights = f"{settings.weights}:{SEED}"
         else:
             self.has_image_encoder = (
                 read_config(resolve(settings, ["transformer"]), "transformer").get("image_dim") is not None
             )
-            parts = ["tokenizer", "text_encoder", "vae"]
-            if self.has_image_encoder:
-                parts += ["image_encoder", "image_processor"]
+            parts = encoder_parts(self.has_image_encoder)
             self._folder = resolve(settings, parts)
-            weights = content_digest(self._folder, parts)
+            weights = content_digest({part: self._folder / part for part in parts})
         choices = f"{VERSION}|{weights}|{self._text_dtype}|{settings.vae_dtype}|{settings.clip_preprocess}"
         self.fingerprint = "wan-" + sha256(choices.encode()).hexdigest()[:32]
 
@@ -83,15 +83,9 @@ class WanEncoder:
         Raises:
             ValueError: images of another size than `height` x `width`, or not as many prompts as images.
         """
-        if images.ndim != 4 or images.shape[1:] != (3, height, width):
-            raise ValueError(f"images: expected [B, 3, {height}, {width}], got {list(images.shape)}")
-        if not len(images) == len(prompts) == len(negative_prompts):
-            raise ValueError(
-                f"prompts: expected one prompt and one negative prompt for each of {len(images)} images, got "
-                f"{len(prompts)} and {len(negative_prompts)}"
-            )
+        check_inputs(images, prompts, negative_prompts, height, width)
         if self.settings.weights in TINY_NAMES:
-            tiny.warn_random(f"model.weights={self.settings.weights}")
+            warn_random(f"model.weights={self.settings.weights}")
         text = self._freed(self._encode_text, [*prompts, *negative_prompts])
         return WanCondition(
             prompt_embeds=text[: len(prompts)],
@@ -142,10 +136,7 @@ class WanEncoder:
     def _freed(self, encode: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """The result of a method that loads one sub-model, with its memory given back before the next one is loaded."""
         result = encode(*arguments)
-        if self._folder is not None:  # real weights are worth the wait
-            gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device, collect=self._folder is not None)
         return result
 
     def _ready(self, part: str) -> nn.Module:

@@ -1,16 +1,61 @@
-"""Where the parts of a Wan pipeline are on this machine, and which commands bring them here."""
+"""Where the parts of a Wan pipeline are on this machine, what is missing, and the commands that bring it here."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 
-from vcd_fast.models.wan.settings import TINY, ModelSettings
+from vcd_fast.models.hub import (
+    TOKENIZER_FILES,
+    WEIGHTS,
+    Missing,
+    cached_snapshot,
+    download_command,
+    download_snapshot,
+    local_folder,
+    no_weights,
+    read_json,
+    shards,
+)
+from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings
 
 KNOWN = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
-SAMPLE_BYTES = 1 << 20
+MODEL_PARTS = ("transformer", "vae")
+TEXT_PARTS = ("tokenizer", "text_encoder")
+IMAGE_PARTS = ("image_encoder", "image_processor")
+SIZES = {
+    "vae": "0.5 GB",
+    "tokenizer": "20 MB",
+    "text_encoder": "22.7 GB",
+    "image_encoder": "1.3 GB",
+    "image_processor": "1 kB",
+}
+"""the same for all of Wan 2.1 image-to-video"""
+TRANSFORMER_SIZES = {
+    "weizhou03/Wan2.1-Fun-1.3B-InP-Diffusers": "3.1 GB",
+    KNOWN: "66 GB",
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": "66 GB",
+}
+
+
+def encoder_parts(image_encoder: bool) -> list[str]:
+    """The sub-folders of a pipeline that encoding a prompt and a picture needs."""
+    return [*TEXT_PARTS, "vae", *(IMAGE_PARTS if image_encoder else ())]
+
+
+def folder_of(settings: ModelSettings) -> Path | None:
+    """The folder that `settings.weights` names, or None if it is a name on the hub.
+
+    Raises:
+        ValueError: no weights were named, or they are a file.
+        FileNotFoundError: a folder that is not there.
+    """
+    if settings.weights is None:
+        raise ValueError(
+            "model.weights: expected a folder or hub name of a Wan I2V pipeline in diffusers layout "
+            f"(for example {KNOWN}), or {TINY} to try things with random weights; got nothing"
+        )
+    return local_folder(settings.weights, "weights", "of a pipeline in diffusers layout")
 
 
 def resolve(settings: ModelSettings, parts: Sequence[str]) -> Path:
@@ -20,66 +65,90 @@ def resolve(settings: ModelSettings, parts: Sequence[str]) -> Path:
 
     Raises:
         ValueError: no weights were named, or they are a file.
-        FileNotFoundError: a folder that lacks one of the parts.
+        FileNotFoundError: a folder that lacks one of the parts, or files of it.
         OSError: a hub name that can neither be found here nor downloaded.
     """
-    weights = settings.weights
-    if weights is None:
-        raise ValueError(
-            "model.weights: expected a folder or hub name of a Wan I2V pipeline in diffusers layout "
-            f"(for example {KNOWN}), or {TINY} to try things with random weights; got nothing"
-        )
-    folder = Path(weights).expanduser()
-    if folder.is_file():
-        raise ValueError(f"model.weights: expected the folder of a pipeline in diffusers layout, got the file {folder}")
-    if folder.is_dir():
-        return _checked(folder, parts)
-    if folder.is_absolute() or weights.startswith((".", "~")) or weights.count("/") != 1:
-        raise FileNotFoundError(f"model.weights: no such folder: {weights}")
-    return _checked(_snapshot(weights, settings.revision, parts), parts)
+    named, name, revision = folder_of(settings), settings.weights, settings.revision
+    folder = named or _snapshot(name, revision, parts)
+    for part in parts:
+        problem = _problem(folder, part)
+        if problem is not None:
+            how = "" if named else f". Fetch it with\n    {download_command(name, revision, [f'{part}/*'])}"
+            raise FileNotFoundError(f"model.weights: {problem}{how}")
+    return folder
+
+
+def missing_weights(settings: ModelSettings) -> list[Missing]:
+    """What `settings` needs and this machine does not have: nothing is downloaded.
+
+    Raises:
+        ValueError: no weights were named, or they are a file.
+        FileNotFoundError: a folder that is not there.
+    """
+    if settings.weights in TINY_NAMES:
+        return []
+    named, name, revision = folder_of(settings), settings.weights, settings.revision
+    folder = named or cached_snapshot(name, revision)
+    found = []
+    for part in (*MODEL_PARTS, *TEXT_PARTS, *(IMAGE_PARTS if _takes_image_states(folder) else ())):
+        if folder is not None and _problem(folder, part) is None:
+            continue
+        size = SIZES.get(part) or TRANSFORMER_SIZES.get(name, "size not known")
+        if named is not None:
+            command = download_command("NAME", patterns=[f"{part}/*"], folder=str(folder))
+            found.append(Missing(f"{part} in {folder}", size, command))
+        else:
+            found.append(Missing(f"{part} ({name})", size, download_command(name, revision, [f"{part}/*"])))
+    return found
+
+
+def _takes_image_states(folder: Path | None) -> bool:
+    """As its configuration says; where there is none, as all published Wan 2.1 I2V models do."""
+    if folder is None or not (folder / "transformer" / "config.json").is_file():
+        return True
+    return read_config(folder, "transformer").get("image_dim") is not None
 
 
 def _snapshot(name: str, revision: str | None, parts: Sequence[str]) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
+    found = cached_snapshot(name, revision)
+    if found is not None and not any(_problem(found, part) for part in parts):
+        return found
     patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
-    try:
-        found = Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
+    return download_snapshot(
+        name,
+        revision,
+        patterns,
+        setting="weights",
+        what=f"{', '.join(parts)} of {name} are",
+        command=download_command(name, revision, patterns, folder="FOLDER"),
+    )
+
+
+def _problem(folder: Path, part: str) -> str | None:
+    """What `folder` lacks of `part`, in words; None if it is complete."""
+    place = folder / part
+    if not place.is_dir():
+        present = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        return (
+            f"{folder} has no folder {part!r}; a pipeline in diffusers layout has it. It holds: "
+            f"{', '.join(present) or 'no folders'}. Download the missing part with "
+            f"`{download_command('NAME', patterns=[f'{part}/*'], folder=str(folder))}`."
         )
-        if all((found / part).is_dir() for part in parts):
-            return found
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: download it
-    command = f"hf download {name} " + (f"--revision {revision} " if revision else "") + "--include 'model_index.json' "
-    command += " ".join(f"'{part}/*'" for part in parts)
+    if not any(place.iterdir()):
+        return f"{place} is empty"
+    if part == "tokenizer":
+        there = any((place / name).is_file() for name in TOKENIZER_FILES)
+        return None if there else f"{place} holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
+    if part == "image_processor":
+        path = place / "preprocessor_config.json"
+        return None if path.is_file() else f"{path} is missing"
+    if not (place / "config.json").is_file():
+        return _without_config(place / "config.json", part)
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except RepositoryNotFoundError as error:
-        raise OSError(
-            f"model.weights: the hub has no public repository {name!r} (and there is no such folder)"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise OSError(
-            f"model.weights: {', '.join(parts)} of {name} are not on this machine and could not be downloaded "
-            f"({type(error).__name__}). On a machine with network run\n    {command} --local-dir FOLDER\n"
-            "and set model.weights to that folder."
-        ) from error
-
-
-def _checked(folder: Path, parts: Sequence[str]) -> Path:
-    for part in parts:
-        if not (folder / part).is_dir():
-            present = sorted(path.name for path in folder.iterdir() if path.is_dir())
-            raise FileNotFoundError(
-                f"model.weights: {folder} has no folder {part!r}; a pipeline in diffusers layout has it. It holds: "
-                f"{', '.join(present) or 'no folders'}. Download the missing part with "
-                f"`hf download NAME --include '{part}/*' --local-dir {folder}`."
-            )
-        if not any((folder / part).iterdir()):
-            raise FileNotFoundError(f"model.weights: {folder / part} is empty")
-    return folder
+        there = any(shards(place, ending) or any(place.glob("*" + ending)) for ending in WEIGHTS)
+    except OSError as error:
+        return str(error)
+    return None if there else str(no_weights(place))
 
 
 def read_config(folder: Path, part: str) -> dict:
@@ -90,25 +159,9 @@ def read_config(folder: Path, part: str) -> dict:
     """
     path = folder / part / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"model.weights: {path} is missing; it describes the {part}")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model.weights: {path} is not JSON: {error}") from error
+        raise FileNotFoundError(f"model.weights: {_without_config(path, part)}")
+    return read_json(path)
 
 
-def content_digest(folder: Path, parts: Sequence[str]) -> str:
-    """Names `parts` by content in milliseconds: small files whole, of large ones the size and the first and last MiB."""
-    digest = sha256()
-    for part in parts:
-        for path in sorted((folder / part).rglob("*")):
-            if not path.is_file():
-                continue
-            size = path.stat().st_size
-            digest.update(f"{part}/{path.relative_to(folder / part).as_posix()}:{size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(SAMPLE_BYTES))
-                if size > 2 * SAMPLE_BYTES:
-                    file.seek(-SAMPLE_BYTES, 2)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+def _without_config(path: Path, part: str) -> str:
+    return f"{path} is missing; it describes the {part}"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from vcd_fast.models.hub import fetch_config, read_json
 from vcd_fast.models.wan import tiny
 from vcd_fast.models.wan.adapter import WanI2V
-from vcd_fast.models.wan.loading import read_config, resolve
+from vcd_fast.models.wan.loading import folder_of, read_config
 from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings
 
 
 def load_meta(settings: ModelSettings) -> WanI2V:
-    """The model on the meta device. Of weights on the hub, only the transformer's `config.json` is fetched.
+    """The model on the meta device. Only the transformer's `config.json` is read, or fetched from the hub.
 
     Raises:
-        ValueError, OSError: as of `load_model`.
+        ValueError, OSError: as of `load_model`, weights apart.
     """
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
@@ -31,7 +29,7 @@ def load_meta(settings: ModelSettings) -> WanI2V:
 
 
 def _transformer_config(settings: ModelSettings) -> dict:
-    weights = settings.weights
-    if weights is None or Path(weights).expanduser().exists() or weights.count("/") != 1:
-        return read_config(resolve(settings, ["transformer"]), "transformer")
-    return read_json(fetch_config(weights, "transformer/config.json", settings.revision, "weights"))
+    folder = folder_of(settings)
+    if folder is not None:
+        return read_config(folder, "transformer")
+    return read_json(fetch_config(settings.weights, "transformer/config.json", settings.revision, "weights"))

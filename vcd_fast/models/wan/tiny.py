@@ -5,42 +5,21 @@ For tests and for trying a training setup on a CPU in minutes. Nothing in it was
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-import warnings
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
+
+from vcd_fast.models.random_weights import seeded
 
 WORDS = """
     a an the this that of in on at by to from with and or is are cat dog bird man woman child person boat car train tree flower
     sea sky road street house room table cup coffee water light sun red blue green white black small big slowly quickly
     runs walks jumps turns moves rocket camera pans zooms video photo picture still quiet smiles looks drinks flies
 """.split()  # noqa: SIM905
-SEED = 0
 HEADS, HEAD_DIM, LAYERS = 2, 12, 2
 TEXT_DIM, IMAGE_DIM, IMAGE_SIZE = 32, 16, 32
-
-
-@contextlib.contextmanager
-def seeded(component: str) -> Iterator[None]:
-    """Draw a component's weights from its own seed and leave the global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED + zlib.crc32(component.encode()))
-        yield
-
-
-def warn_random(what: str) -> None:
-    warnings.warn(
-        f"{what}: these weights are random, so videos and rewards mean nothing; they exist to try a setup quickly. "
-        "Set model.weights to a folder or hub name for a real model.",
-        UserWarning,
-        stacklevel=3,
-    )
 
 
 def tiny_transformer(image_encoder: bool = True, layers: int = LAYERS) -> nn.Module:

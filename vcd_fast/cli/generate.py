@@ -86,7 +86,8 @@ def generate(
             path = output if len(seed) == 1 else output.with_stem(f"{output.stem}-{number}")
             write_video(path, video, settings.fps)
             rows.append((f"seed {number}", video))
-            print(f"{path}: {len(video)} frames of {settings.width}x{settings.height}, {settings.fps:g} fps")
+            high, wide = video.shape[-2:]  # a family may decode less than the size asked for
+            print(f"{path}: {len(video)} frames of {wide}x{high}, {settings.fps:g} fps")
     if strip:
         write_image(output.with_suffix(".png"), frame_strip(rows, picture))
         print(f"{output.with_suffix('.png')}: {json.dumps(prompt)}")

@@ -33,7 +33,9 @@ def family(name: str) -> ModuleType:
     It exports `ModelSettings` (a subclass of `BaseModelSettings`), `load_encoder(settings) -> Encoder`,
     `load_model(settings) -> I2VModel`, `load_meta(settings) -> I2VModel` (on the meta device, nothing but configurations read),
     `missing_weights(settings) -> list[hub.Missing]` and `LORA_TARGETS` (named lists of module-name suffixes, one of them "default");
-    and, if other tools name its layers otherwise, `comfy_module_name` and its inverse `model_module_name`.
+    and, if other tools name its layers otherwise, `comfy_module_name` and its inverse `model_module_name`; and, if the step cache's plan
+    is a function of the timesteps, `fill_time_embedding(transformer, settings) -> bool`, which reads that much for a model on the meta
+    device.
 
     Raises:
         ValueError: `name` is no known family.

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from vcd_fast.data import PictureFolder
-from vcd_fast.models.base import family
+from vcd_fast.models.base import I2VModel, family
 from vcd_fast.models.lora import add_lora
+from vcd_fast.rollout.step_cache.build import build_step_cache, check_step_cache, describe_step_cache
 from vcd_fast.training.checkpoint import list_complete
 from vcd_fast.training.randomness import indexed_generator
 from vcd_fast.training.settings import RunConfig
@@ -16,7 +17,8 @@ from vcd_fast.training.settings import RunConfig
 def describe(config: RunConfig) -> str:
     """The resolved plan as text: data, steps, gradient window, frames decoded, batch, parameters trained.
 
-    The transformer is built on the meta device: weights are neither read nor needed.
+    The transformer is built on the meta device: no weights are needed, and none are read but those that a step cache's plan is a
+    function of, if they are here.
 
     Raises:
         ValueError, OSError: what would stop the run at its start.
@@ -24,6 +26,7 @@ def describe(config: RunConfig) -> str:
     model, rollout, training = config.model, config.rollout, config.training
     pictures = PictureFolder(config.data, model.height, model.width)
     meta = family(config.family).load_meta(model)
+    step_cache = _step_cache(config, meta)
     trained = sum(parameter.numel() for parameter in add_lora(meta, config.lora, seed=0).values())
     total = sum(parameter.numel() for parameter in meta.transformer.parameters()) - trained
     schedule = meta.schedule(rollout.sampling_steps, model.height, model.width, model.num_frames)
@@ -41,6 +44,7 @@ def describe(config: RunConfig) -> str:
         "gradients": f"{rollout.backprop}: steps {_ranges(window)} of 0..{len(schedule) - 1}"
         + (" in the first optimizer step, drawn anew in each" if plan.draws else "")
         + f"; timesteps {', '.join(f'{schedule[i].timestep:.1f}' for i in window[:6])}{', ...' if len(window) > 6 else ''}",
+        "step cache": step_cache,
         "checkpointing": rollout.checkpointing,
         "reward": f"-VCD ({config.reward.distance}), {config.reward.num_projections} directions, "
         f"{config.reward.frames_per_step} of frames 1..{model.num_frames - 1} decoded per clip and step",
@@ -54,6 +58,17 @@ def describe(config: RunConfig) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def _step_cache(config: RunConfig, meta: I2VModel) -> str:
+    """Which steps the rollout computes. Of the weights only the time embedding is read, if they are on this machine."""
+    if config.rollout.step_cache == "none":
+        return "none"
+    check_step_cache(meta, config.rollout)
+    fill = getattr(family(config.family), "fill_time_embedding", None)
+    if fill is not None and not fill(meta.transformer, config.model):
+        return "teacache; the plan depends on the weights, which are not on this machine"
+    return describe_step_cache(build_step_cache(meta, config.rollout), meta, config.rollout)
 
 
 def _ranges(steps: tuple[int, ...]) -> str:

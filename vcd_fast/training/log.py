@@ -12,8 +12,8 @@ from typing import Any
 class RunLog:
     """`OUTPUT/log.jsonl`. A line is on disk before the next step starts.
 
-    Lines are `{"kind": "train" | "held_out", "step": int, ...}`: `train` for what optimizer step number `step` (from 0) did,
-    `held_out` for the weights after `step` steps. A run that goes on from step s first removes the lines of s and later, which it
+    Lines are `{"kind": "train" | "held_out" | "step_cache", "step": int, ...}`: `train` for what optimizer step number `step` (from 0) did,
+    `held_out` and `step_cache` (drift) for the weights after `step` steps. A run that goes on from step s first removes the lines of s and later, which it
     writes again, so the log reads as if nothing had happened.
     """
 

@@ -19,6 +19,8 @@ from vcd_fast.models import lora
 from vcd_fast.models.base import family
 from vcd_fast.models.encoding_cache import EncodingItem, encode_all
 from vcd_fast.rewards.vcd import VCDReward
+from vcd_fast.rollout.step_cache.build import build_step_cache, check_step_cache, describe_step_cache
+from vcd_fast.rollout.step_cache.drift import measure_drift
 from vcd_fast.training import checkpoint as checkpoints
 from vcd_fast.training import engine as engines
 from vcd_fast.training import record
@@ -74,9 +76,17 @@ class Run:
         self.pictures = PictureFolder(config.data, *size)
         resumed = checkpoints.choose(self.output, self.settings.resume)
         self.reward = VCDReward(config.reward, device)
+        if config.rollout.step_cache != "none":
+            check_step_cache(family(config.family).load_meta(config.model), config.rollout)
         self._encode()
 
         self.model = family(config.family).load_model(config.model, device)
+        # Before a LoRA is added and weights are sharded. Ranks compute a step if one of them has to.
+        self.cache = build_step_cache(
+            self.model, config.rollout, lambda flag: not engines.all_agree(not flag, self.device)
+        )
+        if self.cache is not None:
+            self.reporter.say(f"step cache: {describe_step_cache(self.cache, self.model, config.rollout)}")
         self.parameters = lora.add_lora(self.model, config.lora, indexed_seed(self.settings.seed, "lora"))
         if resumed is not None:
             checkpoints.check_matches(resumed, dict(self.parameters))
@@ -184,6 +194,7 @@ class Run:
                 agree=lambda flag: engines.all_agree(flag, self.device),
                 clock=clock,
                 discard=accumulated,
+                cache=self.cache,
             )
             rewards.append(done.reward.float().mean())
             metrics = {
@@ -272,7 +283,29 @@ class Run:
         if self.rank == 0:
             self.log.write("held_out", step, vcd=mean, clips=distances)
         self.reporter.say(f"held-out VCD after {step} steps: {mean:.4f} ({len(distances)} clips, same noise)")
+        self._measure_drift(step)
         return distances
+
+    def _measure_drift(self, step: int) -> None:
+        """How far the step cache takes the first held-out clip from what is sampled without it. Collective."""
+        if self.cache is None:
+            return
+        clip, steps = self.held_out.clips[0], len(self.schedule)
+        fixed = () if self.plan.draws else self.plan.computed(self.plan.steps(steps))
+        drift = measure_drift(
+            self.model,
+            clip.condition.to(self.device),
+            [clip.noise_seed],
+            steps,
+            self.cache,
+            forward=self.engine,
+            compute_at=fixed,
+        )
+        if self.rank == 0:
+            self.log.write("step_cache", step, drift=drift.latents, computed=drift.computed, steps=drift.steps)
+        self.reporter.say(
+            f"step cache: {drift.computed} of {drift.steps} steps end {100 * drift.latents:.2g} % from the full rollout"
+        )
 
     def _checkpoint(self) -> None:
         state = checkpoints.Checkpoint(

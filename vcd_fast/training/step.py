@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from vcd_fast.models.base import Condition, I2VModel, Schedule
 from vcd_fast.rewards.base import Reward, RewardInput
 from vcd_fast.rollout.plan import Plan
 from vcd_fast.rollout.sampler import run
+
+if TYPE_CHECKING:
+    from vcd_fast.rollout.step_cache import StepCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,7 @@ def micro_step(
     agree: Callable[[bool], bool],
     clock: PhaseClock,
     discard: bool = False,
+    cache: StepCache | None = None,
 ) -> MicroStep:
     """Accumulate d(-scale * mean reward)/d(LoRA) of one batch.
 
@@ -85,11 +90,14 @@ def micro_step(
         agree: collective; true if its argument is true on all ranks.
         discard: earlier micro-steps of this optimizer step have already left gradients. A batch that is not finite then sends NaN
             through the backward, on all ranks: the engine discards a step with such a gradient whole.
+        cache: skips steps of the rollout; how many were computed is then a metric.
     """
     settings = model.settings
     with clock.phase("rollout"):
         state = model.initial(batch.condition, batch.noise)
-        rollout = run(model, batch.condition, state, schedule, plan, forward=forward, generator=batch.window)
+        rollout = run(
+            model, batch.condition, state, schedule, plan, forward=forward, generator=batch.window, cache=cache
+        )
 
     latents = rollout.latents.detach().requires_grad_(True)
     frame_index = reward.frames_wanted(settings.num_frames, batch.frames)
@@ -115,13 +123,17 @@ def micro_step(
         (gradient,) = torch.autograd.grad(video, latents, pixel_gradient)
     del video, pixels, pixel_gradient
 
-    values = output.reward.detach()
+    values, metrics = output.reward.detach(), output.metrics
+    if cache is not None:
+        metrics = {**metrics, "computed_steps": float(sum(rollout.computed))}
     finite = agree(bool(torch.isfinite(values).all()) and bool(torch.isfinite(gradient).all()))
     if not finite and not discard:
-        return MicroStep(values, output.metrics, False)
+        rollout.close()
+        return MicroStep(values, metrics, False)
     if not finite:
         gradient = torch.full_like(gradient, float("nan"))
     with clock.phase("backward"):
         for surrogate in rollout.surrogates(gradient):
             backward(surrogate)
-    return MicroStep(values, output.metrics, finite)
+    rollout.close()
+    return MicroStep(values, metrics, finite)

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from vcd_fast.models.wan.encoder import load_encoder
     from vcd_fast.models.wan.loading import missing_weights
     from vcd_fast.models.wan.meta import load_meta
+    from vcd_fast.models.wan.time_embedding import fill_time_embedding
 
 __all__ = [
     "LORA_TARGETS",
     "ModelSettings",
     "comfy_module_name",
+    "fill_time_embedding",
     "load_encoder",
     "load_meta",
     "load_model",
@@ -26,7 +28,13 @@ __all__ = [
     "model_module_name",
 ]
 
-_HOMES = {"load_encoder": "encoder", "load_meta": "meta", "load_model": "adapter", "missing_weights": "loading"}
+_HOMES = {
+    "fill_time_embedding": "time_embedding",
+    "load_encoder": "encoder",
+    "load_meta": "meta",
+    "load_model": "adapter",
+    "missing_weights": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:

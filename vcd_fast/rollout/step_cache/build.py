@@ -25,20 +25,37 @@ def build_step_cache(
     """
     if settings.step_cache == "none":
         return None
-    config = StepCacheConfig(
+    cache = apply_step_cache(model.transformer, _config(settings, agree), model.settings.weights)
+    cache.distances(timesteps_of(model, settings.sampling_steps))
+    cache.end()
+    return cache
+
+
+def _config(settings: RolloutSettings, agree: Callable[[bool], bool] | None = None) -> StepCacheConfig:
+    return StepCacheConfig(
         threshold=settings.cache_threshold,
         coefficients=settings.cache_coefficients,
         mode=settings.cache_mode,
         residual=settings.cache_residual,
         agree=agree,
     )
-    cache = apply_step_cache(model.transformer, config, model.settings.weights)
-    cache.distances(timesteps_of(model, settings.sampling_steps))
-    cache.end()
-    return cache
 
 
 def timesteps_of(model: I2VModel, sampling_steps: int) -> list[float]:
     """The timesteps of a clip of the size in `model.settings`."""
     size = model.settings
     return [step.timestep for step in model.schedule(sampling_steps, size.height, size.width, size.num_frames)]
+
+
+def check_step_cache(model: I2VModel, settings: RolloutSettings) -> None:
+    """Raise what `build_step_cache` would, but for a model on the meta device."""
+    if settings.step_cache != "none":
+        _config(settings).rule(model.transformer, model.settings.weights)
+
+
+def describe_step_cache(cache: StepCache, model: I2VModel, settings: RolloutSettings) -> str:
+    """The plan of a training rollout in a line."""
+    plan, timesteps = settings.plan(), timesteps_of(model, settings.sampling_steps)
+    if plan.draws:
+        return f"{cache.describe(timesteps)}; drawn steps are computed, too"
+    return cache.describe(timesteps, plan.computed(plan.steps(len(timesteps))))

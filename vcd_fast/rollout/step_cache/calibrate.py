@@ -74,20 +74,25 @@ def fit(observations: Sequence[Observation], mode: Mode) -> Fit:
     Raises:
         ValueError: fewer than 5 different input distances among them.
     """
-    first, last = ENDS[mode]
-    end = max((each.step for each in observations), default=0) + 1 - last
-    used = [each for each in observations if first <= each.step < end]
+    used = fitted(observations, mode)
     x, y = np.array([each.input for each in used]), np.array([each.output for each in used])
     if len(np.unique(x)) <= DEGREE:
         raise ValueError(
             f"observations: expected at least {DEGREE + 1} different distances to fit a polynomial of degree {DEGREE}, got "
-            f"{len(np.unique(x))}; sample at least {DEGREE + 1 + first + last} steps"
+            f"{len(np.unique(x))}; sample at least {DEGREE + 1 + sum(ENDS[mode])} steps"
         )
     coefficients = np.polyfit(x, y, DEGREE)
     residual = y - np.polyval(coefficients, x)
     spread = float(((y - y.mean()) ** 2).sum())
     r_squared = 1 - float((residual**2).sum()) / spread if spread else 1.0
     return Fit(tuple(map(float, coefficients)), r_squared, (float(x.min()), float(x.max())), len(used))
+
+
+def fitted(observations: Sequence[Observation], mode: Mode) -> list[Observation]:
+    """Those of steps that are not always computed."""
+    first, last = ENDS[mode]
+    end = max((each.step for each in observations), default=0) + 1 - last
+    return [each for each in observations if first <= each.step < end]
 
 
 def threshold_table(

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from vcd_fast import sliced_wasserstein, sort_target
 from vcd_fast.distance.backends.reference import every_value, every_value_sorted
-from vcd_fast.distance.target import Lists, projected_lists
+from vcd_fast.distance.lists import Lists, projected_lists
 
 
 def maps(*shape, seed=0, dtype=torch.float32):
@@ -44,6 +44,17 @@ def test_half_form_takes_half_the_memory():
     values = sum(part.representatives.numel() + part.self_conjugate.numel() for part in target.parts)
     assert values == 2 * 8 * (40 * 30 - 4) // 2 + 2 * 8 * 4
     assert target.nbytes == 4 * (values + 8 * 3)
+
+
+def test_counts_take_twice_the_memory_at_most():
+    """Long lists for p = 1 on the CPU alone."""
+    y = maps(1, 3, 120, 110)
+    lists = sum(part.representatives.nbytes for part in sort_target(y, num_projections=8).parts)
+    counts = sum(bins.nbytes for bins in sort_target(y, num_projections=8).bins)
+    assert 0 < counts < 2 * lists
+    assert (
+        sort_target(y, p=2).bins == sort_target(y.double()).bins == sort_target(maps(1, 3, 40, 30)).bins == (None, None)
+    )
 
 
 def test_one_target_serves_many_maps():

@@ -5,8 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcd_fast.distance.backends import reference, resolve_backend
+from vcd_fast.distance.backends import TermsAndGradient, fused_backend, reference
+from vcd_fast.distance.streaming import first_derivative_only
 from vcd_fast.distance.target import SortedTarget, check_features, sort_target
+
+
+class _Fused(torch.autograd.Function):
+    """A backend that computes the gradient in the forward; nothing else is kept."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, target: SortedTarget, compute: TermsAndGradient, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        terms, gradient = compute(x.detach().to(target.dtype), target, with_gradient)
+        ctx.mark_non_differentiable(terms)
+        ctx.dtype = x.dtype
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return weighted(terms, target), terms
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        result = (gradient * upstream[:, None, None, None]).to(ctx.dtype)
+        return first_derivative_only(result), None, None, None
 
 
 def weighted(terms: Tensor, target: SortedTarget) -> Tensor:
@@ -20,8 +42,10 @@ def sliced_terms(x: Tensor, target: SortedTarget, backend: str = "auto") -> tupl
     Returns:
         total [N], differentiable with respect to x, and terms [N, parts], detached and unweighted.
     """
-    resolve_backend(backend, x)
+    compute = fused_backend(backend, x.device, target)
     with torch.autocast(x.device.type, enabled=False):
+        if compute is not None:
+            return _Fused.apply(x, target, compute, torch.is_grad_enabled() and x.requires_grad)
         terms = reference.sliced_terms(x.to(target.dtype), target)
         return weighted(terms, target), terms.detach()
 
@@ -38,7 +62,9 @@ def sliced_wasserstein(
 
         amplitude_weight · W(|FFT2 x|, |FFT2 y|) + phase_weight · W(angle FFT2 x, angle FFT2 y)
 
-    where W is the mean over K directions and n ranks of |x_(j) - y_(j)|^p, the values projected and sorted.
+    where W is the mean over K directions and n ranks of |x_(j) - y_(j)|^p, the values projected and sorted. All backends but the
+    reference compute the gradient in the forward and keep nothing else; it can be taken once. torch.compile takes the call whole
+    (fullgraph) if y was prepared by `sort_target`.
 
     Args:
         x: [B, C, H, W] floating point; the gradient goes here.

@@ -1,40 +1,23 @@
 """The fixed side of a comparison: the condition's values, projected and sorted once, used for every frame.
 
-Lists of the frequency domain's channel and flat readings are kept in *half form* (see `spectrum`): the sorted values of the m
-representative bins, each standing for two coefficients, and those of the s self-conjugate bins. The full sorted list is
-`merge(repeat(representatives, 2), self_conjugate)` for amplitudes, which are even; for phases, which are odd, the representatives hold
-|v| and the list is `merge([-representatives reversed, representatives], self_conjugate)`. Lists without such symmetry are kept whole.
+Lists in half form (see `lists`) hold the sorted values of the representatives and those of the self-conjugate bins. The full sorted list
+is `merge(repeat(representatives, 2), self_conjugate)` for even ones; for odd ones the representatives hold |v| and the list is
+`merge([-representatives reversed, representatives], self_conjugate)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vcd_fast.distance.bins import full_plane, half_spectrum, mirrored_values, part_values
+from vcd_fast.distance.backends.binning import TargetBins
 from vcd_fast.distance.config import SlicingConfig
+from vcd_fast.distance.lists import Lists, projected_lists
 from vcd_fast.distance.projections import draw_projections, given_projections
-from vcd_fast.distance.spectrum import half_plane_sizes
-
-Form = Literal["even", "odd", "whole"]
-"""what a representative v stands for: (v, v), (v, -v), or itself"""
-
-LARGEST_WHOLE_PHASE = 4096
-"""On a GPU, where the spectrum cannot be looked at without waiting for it, phases of maps up to this many bins are kept whole."""
-
-
-class Lists(NamedTuple):
-    """One list per sample and direction: its values, in half form or whole."""
-
-    representatives: Tensor
-    """[B, K, m]"""
-    self_conjugate: Tensor
-    """[B, K, s]; s = 0 where the list is kept whole"""
-    form: Form
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +31,8 @@ class SortedTarget:
     config: SlicingConfig
     shape: tuple[int, int, int]
     """channels, height, width of the feature maps"""
+    bins: tuple[TargetBins | None, ...]
+    """on the CPU, for p = 1: counts of long lists by bin, with which frames are compared without sorting them; None where not kept"""
 
     @property
     def batch_size(self) -> int:
@@ -65,72 +50,19 @@ class SortedTarget:
     def nbytes(self) -> int:
         tensors = [t for part in self.parts for t in (part.representatives, part.self_conjugate)]
         tensors += [] if self.projections is None else [self.projections]
-        return sum(t.nbytes for t in tensors)
+        return sum(t.nbytes for t in tensors) + sum(bins.nbytes for bins in self.bins if bins is not None)
 
     def to(self, device: torch.device | str) -> SortedTarget:
         parts = tuple(Lists(p.representatives.to(device), p.self_conjugate.to(device), p.form) for p in self.parts)
         projections = None if self.projections is None else self.projections.to(device)
-        return dataclasses.replace(self, parts=parts, projections=projections)
+        bins = self.bins if parts[0].representatives.device == self.device else bins_of(parts, self.config)
+        return dataclasses.replace(self, parts=parts, projections=projections, bins=bins)
 
     def __getitem__(self, samples: slice) -> SortedTarget:
         """The same for some samples of the batch."""
         parts = tuple(Lists(p.representatives[samples], p.self_conjugate[samples], p.form) for p in self.parts)
-        return dataclasses.replace(self, parts=parts)
-
-
-def project(values: Tensor, projections: Tensor | None) -> Tensor:
-    """Samples [B, C, n] -> their projections [B, K, n], or all coefficients as one list [B, 1, C·n] without directions."""
-    return values.flatten(1).unsqueeze(1) if projections is None else projections @ values
-
-
-def phase_is_odd(z: Tensor) -> bool:
-    """Whether angle(conj z) = -angle(z) at all of the bins: none on the branch cut, where both are +π (see `mirrored_values`).
-
-    On a GPU this would wait for the spectrum. There it is taken for granted of large maps, where the convention decides between +π and
-    -π for bins whose imaginary part is exactly 0, which is up to the rounding of the FFT anyway.
-    """
-    if z.device.type != "cpu":
-        return z.shape[-1] > LARGEST_WHOLE_PHASE // 2
-    return not bool(((z.imag == 0) & (z.real < 0)).any())
-
-
-def projected_lists(x: Tensor, config: SlicingConfig, projections: Tensor | None) -> list[Lists]:
-    """What is to be sorted, for each of `config.parts`; differentiable in plain PyTorch.
-
-    x is [B, C, H, W], float32 or float64.
-    """
-    if config.domain == "feature":
-        return [whole_lists(x, config, projections)]
-    height, width = x.shape[-2:]
-    m, _ = half_plane_sizes(height, width)
-    z = half_spectrum(x, config.fft_norm)
-    lists = []
-    for part in config.parts:
-        values = part_values(z, part)
-        if config.slicing == "patch":
-            plane = full_plane(values, mirrored_values(values, z, part)[..., :m], height, width)
-            lists.append(whole_lists(plane, config, projections))
-        elif part == "phase" and not phase_is_odd(z[..., :m]):
-            every = torch.cat([values, mirrored_values(values, z, part)[..., :m]], -1)
-            lists.append(whole(project(every, projections)))
-        else:
-            form: Form = "odd" if part == "phase" else "even"
-            lists.append(Lists(project(values[..., :m], projections), project(values[..., m:], projections), form))
-    return lists
-
-
-def whole(values: Tensor) -> Lists:
-    return Lists(values, values[..., :0], "whole")
-
-
-def whole_lists(plane: Tensor, config: SlicingConfig, projections: Tensor | None) -> Lists:
-    """[B, C, H, W] -> what is to be sorted when nothing is known of its symmetry."""
-    if config.slicing == "patch":
-        filters = projections.unflatten(1, (plane.shape[1], config.patch_size, config.patch_size))
-        values = torch.nn.functional.conv2d(plane, filters).flatten(2)
-    else:
-        values = project(plane.flatten(2), projections)
-    return whole(values)
+        bins = tuple(None if bins is None else bins[samples] for bins in self.bins)
+        return dataclasses.replace(self, parts=parts, bins=bins)
 
 
 def sort_values(values: Tensor) -> Tensor:
@@ -139,6 +71,10 @@ def sort_values(values: Tensor) -> Tensor:
         return values.sort(-1).values
     # SIMD, an order of magnitude faster than torch.sort, which also carries int64 indices
     return torch.from_numpy(np.sort(values.numpy(), -1))
+
+
+def bins_of(parts: Sequence[Lists], config: SlicingConfig) -> tuple[TargetBins | None, ...]:
+    return tuple(TargetBins.of(part.representatives, part.form) if config.p == 1 else None for part in parts)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -173,7 +109,8 @@ def sort_target(
 
     Returns:
         Lists in float32 (float64 for float64 input), in half form where the spectrum allows it: 4·(m + s) bytes per direction, part
-        and sample, with m + s about H·W/2.
+        and sample, with m + s about H·W/2; on the CPU with p = 1 half as much to twice
+        as much again (the longer the lists the less) for counts.
 
     Raises:
         TypeError, ValueError: wrong type, shape or option; a map smaller than the patch.
@@ -211,4 +148,4 @@ def sort_target(
     for values, alone, form in lists:
         values = values.abs() if form == "odd" else values
         parts.append(Lists(sort_values(values), sort_values(alone), form))
-    return SortedTarget(tuple(parts), projections, config, (channels, height, width))
+    return SortedTarget(tuple(parts), projections, config, (channels, height, width), bins_of(parts, config))

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vcd_fast.distance.backends import check_backend
 from vcd_fast.distance.config import VCDConfig, resolve_config
 from vcd_fast.distance.euclidean import EuclideanTarget, euclidean_target, euclidean_terms
 from vcd_fast.distance.features import FeatureExtractor, VGG19Features
@@ -146,6 +147,7 @@ class VCDLoss(nn.Module):
             )
         if chunk_frames is not None and (not isinstance(chunk_frames, int) or chunk_frames < 1):
             raise ValueError(f"chunk_frames: expected a whole number of at least 1, got {chunk_frames!r}")
+        check_backend(backend)
         self.extractor = extractor
         self.backend = backend
         self.chunk_frames = chunk_frames

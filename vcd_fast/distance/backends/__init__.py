@@ -2,29 +2,80 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vcd_fast.distance.target import SortedTarget
 
 VARIABLE = "VCD_FAST_BACKEND"
 BACKENDS = ("auto", "reference", "simd", "triton")
 
+TermsAndGradient = Callable[[Tensor, "SortedTarget", bool], tuple[Tensor, Tensor | None]]
+"""(x [N, C, H, W], target, whether the gradient is wanted) -> terms [N, parts], gradient of their weighted sum [N, C, H, W] or None"""
 
-def resolve_backend(backend: str, x: Tensor) -> str:
-    """The name of the backend that computes for `x`.
+_log = logging.getLogger("vcd_fast")
+_said: set[str] = set()
 
-    Args:
-        backend: "reference", "simd" (CPU), "triton" (GPU), or "auto": what the environment variable `VCD_FAST_BACKEND` says, else
-            the fastest that can run.
+
+def check_backend(backend: str) -> str:
+    """`backend`, or what the environment variable `VCD_FAST_BACKEND` says in place of "auto".
 
     Raises:
-        ValueError: unknown name, or one that cannot run here; the message says why.
+        ValueError: neither of `BACKENDS`.
     """
     argument = "backend"
     if backend == "auto" and os.environ.get(VARIABLE):
         argument, backend = f"environment variable {VARIABLE}", os.environ[VARIABLE]
     if backend not in BACKENDS:
         raise ValueError(f"{argument}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in ("simd", "triton"):
-        raise ValueError(f"{argument}: {backend!r} is not part of this version; use 'auto' or 'reference'")
-    return "reference"
+    return backend
+
+
+def fused_backend(backend: str, device: torch.device, target: SortedTarget) -> TermsAndGradient | None:
+    """What computes terms and gradient at once, or None for the reference, which autograd differentiates.
+
+    "auto" is "triton" on a GPU and "simd" on a CPU where they can run, else "reference".
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot run here; the message says why.
+    """
+    backend = check_backend(backend)
+    if backend == "reference":
+        return None
+    if backend == "simd" or (backend == "auto" and device.type == "cpu"):
+        reason = _simd_cannot(device, target)
+        if reason is None:
+            from vcd_fast.distance.backends import simd
+
+            return simd.sliced_terms
+        if backend == "simd":
+            raise ValueError(f"backend: 'simd' cannot run: {reason}; use 'auto' or 'reference'")
+        return None
+    if backend == "auto" and device.type != "cuda":
+        return None
+    from vcd_fast.distance.backends import triton_fused
+
+    reason = triton_fused.unavailable(device) or triton_fused.unsupported(target)
+    if reason is None:
+        return triton_fused.sliced_terms
+    if backend == "triton":
+        raise ValueError(f"backend: 'triton' cannot run: {reason}; use 'auto' or 'reference'")
+    if reason not in _said:
+        _said.add(reason)
+        _log.info("the reference computes instead of the Triton kernels: %s", reason)
+    return None
+
+
+def _simd_cannot(device: torch.device, target: SortedTarget) -> str | None:
+    """Why the CPU backend cannot compute a distance to `target`, or None."""
+    if device.type != "cpu":
+        return f"it is for the CPU, and the tensors are on {device}"
+    if target.dtype != torch.float32:
+        return f"it computes in torch.float32, and the target is {target.dtype}"
+    return None

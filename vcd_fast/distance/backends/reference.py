@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcd_fast.distance.target import Lists, SortedTarget, projected_lists
+from vcd_fast.distance.lists import Lists, projected_lists
+from vcd_fast.distance.target import SortedTarget
 
 
 def every_value(lists: Lists) -> Tensor:

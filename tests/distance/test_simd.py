@@ -40,6 +40,12 @@ def check_accuracy(x, y, **options):
         assert cosine >= min(0.9999, of_reference - 1e-4)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(simd, "SMALL_ROW", 0)
+    monkeypatch.setattr(simd, "SMALL_PROBLEM", 0)
+
+
 @pytest.fixture
 def count_everything(monkeypatch):
     """Short rows are counted too, and long ones in many blocks."""
@@ -278,10 +284,29 @@ def test_choice_of_backend(monkeypatch):
     sliced_wasserstein(x, y)
     sliced_wasserstein(x, y, backend="simd")
     assert called == ["simd", "reference", "reference", "reference", "simd"]
+    monkeypatch.setattr(simd, "SMALL_PROBLEM", 1 << 15)
+    sliced_wasserstein(x, y, backend="simd")
+    assert called[5:] == ["reference"]
     with pytest.raises(
         ValueError, match=r"'simd' cannot run: it computes in torch\.float32, and the target is torch\.float64"
     ):
         sliced_wasserstein(x.double(), y.double(), backend="simd")
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (9, 8)], ids=str)
+def test_small_maps_are_the_references(monkeypatch, shape):
+    """Where the reference is faster it computes, with the same result and the same bounds."""
+    x, y = random_maps(6, 3, *shape)
+    target = sort_target(y[:2], num_projections=5, amplitude_weight=0.5)
+    want = simd.sliced_terms(x, target, True)
+    monkeypatch.setattr(simd, "SMALL_ROW", 128)
+    monkeypatch.setattr(simd, "CHUNK_VALUES", 800)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda _: None):
+        got = simd.sliced_terms(x, target, True)
+    assert not packed
+    torch.testing.assert_close(got, want)
+    assert simd.sliced_terms(x, target, False)[1] is None
 
 
 def test_memory_does_not_depend_on_directions_or_maps(monkeypatch):

@@ -42,7 +42,7 @@ def sliced_terms(x: Tensor, target: SortedTarget, backend: str = "auto") -> tupl
     Returns:
         total [N], differentiable with respect to x, and terms [N, parts], detached and unweighted.
     """
-    compute = fused_backend(backend, x.device, target)
+    compute = fused_backend(backend, x, target)
     with torch.autocast(x.device.type, enabled=False):
         if compute is not None:
             return _Fused.apply(x, target, compute, torch.is_grad_enabled() and x.requires_grad)

@@ -37,15 +37,15 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def fused_backend(backend: str, device: torch.device, target: SortedTarget) -> TermsAndGradient | None:
-    """What computes terms and gradient at once, or None for the reference, which autograd differentiates.
+def fused_backend(backend: str, x: Tensor, target: SortedTarget) -> TermsAndGradient | None:
+    """What computes terms and gradient of x at once, or None for the reference, which autograd differentiates.
 
-    "auto" is "triton" on a GPU and "simd" on a CPU where they can run, else "reference".
+    "auto" is "triton" on a GPU and "simd" on a CPU where they can run, else "reference". "simd" leaves very small maps to the reference.
 
     Raises:
         ValueError: unknown name, or a backend that cannot run here; the message says why.
     """
-    backend = check_backend(backend)
+    backend, device = check_backend(backend), x.device
     if backend == "reference":
         return None
     if backend == "simd" or (backend == "auto" and device.type == "cpu"):
@@ -53,7 +53,7 @@ def fused_backend(backend: str, device: torch.device, target: SortedTarget) -> T
         if reason is None:
             from vcd_fast.distance.backends import simd
 
-            return simd.sliced_terms
+            return None if simd.is_small(x, target) else simd.sliced_terms
         if backend == "simd":
             raise ValueError(f"backend: 'simd' cannot run: {reason}; use 'auto' or 'reference'")
         return None

@@ -6,18 +6,18 @@ chunk of directions is projected, compared and projected back before the next; w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vcd_fast.distance.backends import reference
 from vcd_fast.distance.backends.binning import TargetBins, Workspace
 from vcd_fast.distance.backends.counting import compare
 from vcd_fast.distance.backends.polar import from_polar, to_polar
 from vcd_fast.distance.backends.ranked import Rows
-from vcd_fast.distance.backends.reference import every_value_sorted
 from vcd_fast.distance.bins import mirror_index
 from vcd_fast.distance.config import SlicingConfig
 from vcd_fast.distance.lists import Lists, Samples, project, spectrum_samples, split
@@ -30,6 +30,10 @@ BLOCK_VALUES = 1 << 17
 """values of the rows a thread compares at a time, about what its cache holds"""
 THREADED_VALUES = 1 << 18
 """below that many values a second thread takes longer to start than it saves"""
+SMALL_ROW = 128
+"""values of a full list up to which sorting them all is faster"""
+SMALL_PROBLEM = 1 << 15
+"""values of all lists together up to which the reference as it is takes less time"""
 
 
 def sliced_terms(x: Tensor, target: SortedTarget, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -43,24 +47,64 @@ def sliced_terms(x: Tensor, target: SortedTarget, with_gradient: bool) -> tuple[
     Returns:
         terms [N, parts] float32, and d(sum over parts of weight · term)/dx [N, C, H, W] float32 or None.
     """
+    row, count = _sizes(x, target)
+    values = row * count
     gradient = torch.empty(x.shape) if with_gradient else None
-    per_target = len(x) // target.batch_size
-    size = x[0].numel() if target.projections is None else len(target.projections) * x.shape[-2] * x.shape[-1]
-    group = max(1, min(len(x), CHUNK_VALUES // size))
     terms = []
-    for first in range(0, len(x), group):
-        samples = slice(first, min(first + group, len(x)))
-        owners = np.arange(samples.start, samples.stop) // per_target
-        found, piece = _group(x[samples], target, owners, with_gradient)
+    for samples, targets in _groups(len(x), target.batch_size, max(1, CHUNK_VALUES // values)):
+        found, piece = (_by_autograd if row <= SMALL_ROW else _group)(x[samples], target[targets], with_gradient)
         terms.append(found)
         if gradient is not None:
             gradient[samples] = piece
     return torch.cat(terms), gradient
 
 
-def _group(x: Tensor, target: SortedTarget, owners: np.ndarray, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """`sliced_terms` for a few samples, which belong to the target's samples `owners`."""
+def is_small(x: Tensor, target: SortedTarget) -> bool:
+    """Whether the distance of x to `target` takes less time than getting here does."""
+    row, count = _sizes(x, target)
+    return len(x) * row * count <= SMALL_PROBLEM
+
+
+def _sizes(x: Tensor, target: SortedTarget) -> tuple[int, int]:
+    """Values of a full list, and lists of a sample and part."""
+    if target.projections is None:
+        return x[0].numel(), 1
+    return x.shape[-2] * x.shape[-1], len(target.projections)
+
+
+def _groups(samples: int, targets: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of at most `most` samples, and the targets they belong to: several targets' whole, or some of one target's."""
+    frames = samples // targets
+    if most >= frames:
+        several = most // frames
+        for first in range(0, targets, several):
+            last = min(first + several, targets)
+            yield slice(first * frames, last * frames), slice(first, last)
+        return
+    for i in range(targets):
+        for first in range(i * frames, (i + 1) * frames, most):
+            yield slice(first, min(first + most, (i + 1) * frames)), slice(i, i + 1)
+
+
+def _by_autograd(x: Tensor, target: SortedTarget, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """`sliced_terms` for a few samples as the reference computes it: the least overhead where there is little to do."""
+    with torch.set_grad_enabled(with_gradient), torch.autograd.graph.saved_tensors_hooks(_detached, _detached):
+        x = x.detach().requires_grad_(with_gradient)
+        terms = reference.sliced_terms(x, target)
+        if not with_gradient:
+            return terms, None
+        (gradient,) = torch.autograd.grad(terms, x, terms.new_tensor(target.config.part_weights).expand_as(terms))
+    return terms.detach(), gradient
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def _group(x: Tensor, target: SortedTarget, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """`sliced_terms` for a few samples."""
     config = target.config
+    owners = np.arange(len(x)) // (len(x) // target.batch_size)
     height, width = x.shape[-2:]
     if config.domain == "feature":
         samples = Samples(x.flatten(2), 0, "whole")
@@ -98,7 +142,7 @@ def _part(
             m = samples.values.shape[-1] - samples.singles
             sign = -1 if samples.form == "odd" else 1
             samples = Samples(torch.cat([samples.values, sign * samples.values[..., :m]], -1), 0, "whole")
-        full = every_value_sorted(fixed)
+        full = reference.every_value_sorted(fixed)
         fixed = Lists(full, full[..., :0], "whole")
         bins = None if config.p == 2 else TargetBins.of(full, "whole")
     count = 1 if directions is None else len(directions)

@@ -1,8 +1,9 @@
-"""Where a command computes."""
+"""Where a command computes, and where its processes meet."""
 
 from __future__ import annotations
 
 import os
+import socket
 
 import torch
 
@@ -23,3 +24,10 @@ def pick_device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listened on a moment ago."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

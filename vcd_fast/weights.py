@@ -152,7 +152,12 @@ def local_file(path: str | Path, argument: str) -> Path:
 
 
 def resolve(
-    name: str, sources: Sequence[HubFile | UrlFile], *, variable: str, path: str | Path | None = None
+    name: str,
+    sources: Sequence[HubFile | UrlFile],
+    *,
+    variable: str,
+    path: str | Path | None = None,
+    download: bool = True,
 ) -> WeightFile:
     """Find the weights called `name`: `path`, else the file `variable` names, else a cached copy, else a download.
 
@@ -161,6 +166,7 @@ def resolve(
         sources: where they are published, in order of preference.
         variable: environment variable that may name a file.
         path: a file given explicitly.
+        download: whether to fetch what is not here.
 
     Returns:
         The file and its SHA-256. A file of the user's own is taken as it is; a published one is checked.
@@ -177,12 +183,12 @@ def resolve(
         file = local_file(os.environ[variable], f"environment variable {variable}")
         return WeightFile(file, f"variable {variable}", file_sha256(file))
     reasons = []
-    for download in (False, True):
+    for from_network in (False, True) if download else (False,):
         for source in sources:
             try:
-                file = source.fetch(download)
+                file = source.fetch(from_network)
             except Exception as error:  # whatever a network client raises ends in the one message below
-                if download:
+                if from_network:
                     first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
                     reasons.append(f"  {source.where}: {type(error).__name__}: {first_line}")
                 continue
@@ -194,8 +200,8 @@ def resolve(
             return WeightFile(file, str(source), digest)
     published = "\n".join(f"  {source.where}" for source in sources)
     raise FileNotFoundError(
-        f"weights of {name}: not on this machine, and downloading failed:\n"
-        + "\n".join(reasons)
+        f"weights of {name}: not on this machine"
+        + (", and downloading failed:\n" + "\n".join(reasons) if download else "")
         + f"\nFetch one of these files on a machine with a network:\n{published}\n"
         f"and name it here by its path or in the environment: {variable}=/path/to/file"
     )

@@ -85,7 +85,7 @@ class TestWhatARunLeaves:
 
 
 def test_overfitting_lowers_the_distance(training, small_pictures, tmp_path):
-    """One picture, one noise, 60 steps: the gradient of the last sampling step does its work."""
+    """One picture, one noise, 60 steps of the gradient through the last sampling step; uphill they raise it by 5 %."""
     words = [*TINY, "--pictures", small_pictures, "--overfit", "--height", 32, "--width", 32]
     words += ["--frames-per-step", 4, "--num-projections", 16, "--learning-rate", "2e-2"]
     words += ["--sample-every", 0, "--checkpoint-every", 0, "--device", "cpu", "--output", tmp_path / "run"]
@@ -94,7 +94,7 @@ def test_overfitting_lowers_the_distance(training, small_pictures, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["updates"], summary["skipped"]) == (60, 0)
     (before,), (after,) = summary["held_out_vcd_before"].values(), summary["held_out_vcd_after"].values()
-    assert after < 0.97 * before
+    assert after < 0.98 * before
 
 
 class TestVerbs:

@@ -99,6 +99,17 @@ def test_a_named_file_that_is_missing_is_an_error_not_a_download(bare, monkeypat
         VGG19Features("imagenet" if where == "variable" else path)
 
 
+def test_looking_without_downloading(bare, monkeypatch):
+    def urlopen(*args, **kwargs):
+        raise AssertionError("nothing may be asked for")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(FileNotFoundError) as caught:
+        resolve("VGG19", weights.VGG19_SOURCES, variable="VCD_FAST_VGG19", download=False)
+    assert "weights of VGG19: not on this machine\nFetch one of these files" in str(caught.value)
+    assert "VCD_FAST_VGG19=/path/to/file" in str(caught.value)
+
+
 def test_missing_and_misshapen_tensors_are_listed(bare):
     save_file({"features.0.weight": torch.zeros(64, 3, 5, 5)}, bare / "v.safetensors")
     with pytest.raises(ValueError, match="not the weights that are needed") as caught:

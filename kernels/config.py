@@ -131,13 +131,12 @@ def merge_candidates(m: int, architecture: str) -> list[MergeConfig]:
 
 
 def count_candidates(m: int, architecture: str) -> list[CountConfig]:
-    """About one bin per two values: fewer leave more to order, more cost their scan (13 bytes a bin)."""
-    merge = merge_candidates(m, architecture)[0]
+    """About one bin per two values: fewer leave more to order, more cost their scan (17 bytes a bin). What is left to order is short."""
     if architecture == "interpreter":
-        return [CountConfig(8, 64, 4, 128, 4, merge)]
+        return [CountConfig(8, 64, 4, 128, 4, MergeConfig(64, 4, 64, 4))]
     log_bins = min(16, max(12, (m - 1).bit_length() - 1))
     return [
-        CountConfig(bits, 1024, 4, 512, 4, merge)
+        CountConfig(bits, 1024, 8, 512, 4, MergeConfig(1024, 8, 1024, 8))
         for bits in dict.fromkeys((log_bins, min(16, log_bins + 1), log_bins - 1))
     ]
 

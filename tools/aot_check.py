@@ -54,7 +54,7 @@ class Case:
     @property
     def thorough(self) -> bool:
         """Whether a default run leaves it out: it sorts, which takes long to compile, and another case differs by the last few lines."""
-        return self.name in ("rows even 4096", "rows odd 256", "project_rows even 128", "tile_sort values")
+        return self.name in ("rows even 4096", "rows odd 256", "project_rows even 128", "tile_sort words")
 
 
 def _architecture(target: str) -> str:
@@ -196,15 +196,15 @@ def cases(target: str) -> list[Case]:
                 c.merge.merge_warps,
             )
         )
-    c = config.candidates("merge", 50000, arch)[0]
-    for from_words in (False, True):
+    merge, words = config.candidates("merge", 50000, arch)[0], config.candidates("count", 50000, arch)[0].merge
+    for label, c in (("values", merge), ("words", words)):
         found.append(
             Case(
-                f"tile_sort {'words' if from_words else 'values'}",
+                f"tile_sort {label}",
                 "merge",
                 "tile_sort_kernel",
                 "*fp32:16, *i64:16, *i64:16, *i32:16, i32, i32:16",
-                {"FORM": odd, "FROM_WORDS": from_words, "BLOCK": c.sort_block},
+                {"FORM": odd, "FROM_WORDS": label == "words", "BLOCK": c.sort_block},
                 c.sort_warps,
             )
         )
@@ -214,8 +214,8 @@ def cases(target: str) -> list[Case]:
             "merge",
             "merge_kernel",
             "*i64:16, *i64:16, *i32:16, i32, i32:16",
-            {"LENGTHS": True, "BLOCK": c.merge_block},
-            c.merge_warps,
+            {"LENGTHS": True, "BLOCK": merge.merge_block},
+            merge.merge_warps,
         )
     )
     return found

@@ -15,7 +15,7 @@ LONGEST_SHORT_ROW = 4096  # sorted by one program
 LONGEST_PROJECTED_ROW = (
     128  # sorted by one program for 16 directions at once, with the projection; its block includes single values
 )
-METHODS = ("auto", "project", "rows", "merge", "count")
+METHODS = ("auto", "project", "rows", "merge", "count", "sort")
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 AUTOTUNE_VARIABLE = "VCD_FAST_AUTOTUNE"
 
@@ -63,6 +63,14 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class SortConfig:
+    """Tile of the comparison that follows torch.sort."""
+
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class CountConfig:
     """2**log_bins bins; tiles of `block` values; the scan goes through `scan_block` bins at a time. `merge` orders what straddles."""
 
@@ -86,6 +94,18 @@ _ROW_WARPS = {16: 1, 32: 1, 64: 1, 128: 1, 256: 2, 512: 4, 1024: 8, 2048: 8, 409
 _MERGE = {
     "default": [MergeConfig(2048, 8, 1024, 8), MergeConfig(4096, 16, 1024, 8), MergeConfig(1024, 8, 1024, 8)],
     "interpreter": [MergeConfig(64, 4, 64, 4)],
+}
+_SORT = {
+    "default": [SortConfig(1024, 8), SortConfig(1024, 4), SortConfig(2048, 8)],
+    "interpreter": [SortConfig(64, 4)],
+}
+# What a row of up to so many representatives takes for |x - y| and, where that is different, for its square.
+_METHOD = {
+    "default": [
+        (LONGEST_PROJECTED_ROW - 4, "project", "project"),
+        (LONGEST_SHORT_ROW, "rows", "rows"),
+        (None, "count", "merge"),
+    ],
 }
 
 
@@ -130,6 +150,10 @@ def merge_candidates(m: int, architecture: str) -> list[MergeConfig]:
     return _entry(_MERGE, architecture)
 
 
+def sort_candidates(m: int, architecture: str) -> list[SortConfig]:
+    return _entry(_SORT, architecture)
+
+
 def count_candidates(m: int, architecture: str) -> list[CountConfig]:
     """About one bin per two values: fewer leave more to order, more cost their scan (17 bytes a bin). What is left to order is short."""
     if architecture == "interpreter":
@@ -148,15 +172,16 @@ _CANDIDATES: dict[str, Callable[[int, str], list]] = {
     "project_rows": project_rows_candidates,
     "merge": merge_candidates,
     "count": count_candidates,
+    "sort": sort_candidates,
 }
 _CHOSEN: dict[tuple[str, int, str], object] = {}
 
 
-def resolve_method(method: str, m: int, power: int) -> str:
-    """The method rows of m representatives take: 'project', 'rows', 'merge' or 'count'.
+def resolve_method(method: str, m: int, power: int, architecture: str) -> str:
+    """The method rows of m representatives take on `architecture`: 'project', 'rows', 'merge', 'count' or 'sort'.
 
-    'auto' chooses by what fits on chip and by bytes moved (see `bytes_per_value`). Raises ValueError for an unknown method and for one
-    that cannot do it: 'count' knows signs, not the matched values that the cost |x - y|² needs.
+    'auto' asks the table, which goes by what fits on chip and by bytes moved (see `bytes_per_value`). Raises ValueError for an unknown
+    method and for one that cannot do it: 'count' knows signs, not the matched values that the cost |x - y|² needs.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -164,11 +189,8 @@ def resolve_method(method: str, m: int, power: int) -> str:
         raise ValueError(f"method 'count' computes p = 1 only, got p = {power}; use 'merge'")
     if method != "auto":
         return method
-    if _power_of_two(m + 4, 16) <= LONGEST_PROJECTED_ROW:
-        return "project"
-    if m <= LONGEST_SHORT_ROW:
-        return "rows"
-    return "count" if power == 1 else "merge"
+    longest = next(row for row in _entry(_METHOD, architecture) if row[0] is None or m <= row[0])
+    return longest[power]
 
 
 def bytes_per_value(method: str, m: int, architecture: str = "default") -> float:
@@ -186,7 +208,9 @@ def bytes_per_value(method: str, m: int, architecture: str = "default") -> float
         return (4 + 8) + passes * (2 * 8 + 8) + (2 * 8 + 4 + 1)
     if method == "count":
         bins = 1 << count_candidates(m, architecture)[0].log_bins
-        return 4 + 4 + 1 + 1 + (4 + 4 + 1) + bins / m * (2 * 4 + 2 * 4 + 1)
+        return 4 + 4 + 1 + 1 + (4 + 4 + 1) + bins / max(m, 1) * (2 * 4 + 2 * 4 + 1)
+    if method == "sort":
+        return 168 + 12 + 4 + 1
     raise ValueError(f"method must be one of {', '.join(METHODS[1:])}; got {method!r}")
 
 
@@ -251,7 +275,7 @@ def forget() -> None:
 
 def describe(m: int, architecture: str, power: int = 1) -> str:
     """Method, configurations and reckoned traffic for rows of m representatives, without launching anything."""
-    method = resolve_method("auto", m, power)
+    method = resolve_method("auto", m, power, architecture)
     steps = [*(["project_rows"] if method == "project" else ["project", method]), "spectrum_gradient"]
     lines = [
         f"rows of {m} on {architecture}: {method}, {bytes_per_value(method, m):.0f} bytes a value (reckoned, not measured)"

@@ -149,6 +149,17 @@ def cases(target: str) -> list[Case]:
                 c.merge_warps,
             )
         )
+        c = config.candidates("sort", 50000, arch)[0]
+        found.append(
+            Case(
+                f"sorted_sign {label}",
+                "library_sort",
+                "sorted_sign_kernel",
+                f"*fp32:16, *i64:16, *fp32:16, *fp32:16, *fp32:16, *i32:16, *i8:16, *fp32:16, i32, i32:16, {layout}",
+                {**shape, "BLOCK": c.block},
+                c.warps,
+            )
+        )
         c = config.candidates("count", 50000, arch)[0]
         binned = {"FORM": form, "S": 4, "LOG_BINS": c.log_bins}
         tail = f"i32, i32:16, {layout}"

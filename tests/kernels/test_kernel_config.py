@@ -6,7 +6,7 @@ import torch
 from vcd_fast.kernels import config, launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
-OPERATIONS = ("project", "spectrum_gradient", "rows", "merge", "count")
+OPERATIONS = ("project", "spectrum_gradient", "rows", "merge", "count", "sort")
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _fresh_choices():
 @pytest.mark.parametrize("m", [0, 1, 95, 780, 3128, 4096, 50048, 400000])
 def test_every_row_length_has_a_method_and_configurations(architecture, m):
     for power in (1, 2):
-        method = config.resolve_method("auto", m, power)
+        method = config.resolve_method("auto", m, power, architecture)
         assert method in config.METHODS[1:]
         assert power == 1 or method != "count"
         text = config.describe(m, architecture, power)
@@ -39,22 +39,23 @@ def test_every_row_length_has_a_method_and_configurations(architecture, m):
 
 
 def test_short_rows_stay_on_chip_and_long_rows_are_counted():
-    assert [config.resolve_method("auto", m, 1) for m in (96, 200, 4096, 4097)] == ["project", "rows", "rows", "count"]
-    assert config.resolve_method("auto", 50048, 2) == "merge"
-    assert config.resolve_method("merge", 10, 1) == "merge"
+    found = [config.resolve_method("auto", m, 1, "sm_90") for m in (124, 125, 4096, 4097)]
+    assert found == ["project", "rows", "rows", "count"]
+    assert config.resolve_method("auto", 50048, 2, "sm_90") == "merge"
+    assert config.resolve_method("merge", 10, 1, "sm_90") == "merge"
 
 
 def test_reckoned_traffic_orders_the_methods():
     assert config.bytes_per_value("rows", 3128) == 9
     count, merge = (config.bytes_per_value(method, 50048) for method in ("count", "merge"))
-    assert count < merge < 168, "torch.sort moves 168 bytes a key"
+    assert count < merge < config.bytes_per_value("sort", 50048)
 
 
 def test_bad_methods_are_named():
-    with pytest.raises(ValueError, match="method must be one of auto, project, rows, merge, count; got 'radix'"):
-        config.resolve_method("radix", 10, 1)
+    with pytest.raises(ValueError, match="method must be one of auto, project, rows, merge, count, sort; got 'radix'"):
+        config.resolve_method("radix", 10, 1, "sm_90")
     with pytest.raises(ValueError, match="method 'count' computes p = 1 only, got p = 2"):
-        config.resolve_method("count", 10, 2)
+        config.resolve_method("count", 10, 2, "sm_90")
     with pytest.raises(ValueError, match="too long to be projected where it is sorted"):
         config.candidates("project_rows", 500, "sm_90")
 

@@ -30,6 +30,8 @@ CUDA_REGISTERS = {
     "project_rows odd 128": 255,
     "merge_sign even": 64,
     "merge_sign odd": 64,  # 4 blocks of 8 warps
+    "sorted_sign even": 64,
+    "sorted_sign odd": 64,
     "count even": 48,
     "count odd": 48,
     "count_sign even": 64,
@@ -49,7 +51,7 @@ AMD_REGISTERS = 256  # of 512: two waves on every SIMD
 
 
 KERNELS = {"project", "spectrum_bwd", "rows", "project_rows", "merge_sign", "tile_sort", "merge"}
-KERNELS |= {"count", "count_sign", "count_target", "side", "straddle"}
+KERNELS |= {"count", "count_sign", "count_target", "side", "straddle", "sorted_sign"}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 
 from vcd_fast.kernels import config
 from vcd_fast.kernels.count import count_fwd
+from vcd_fast.kernels.library_sort import sort_fwd
 from vcd_fast.kernels.merge import merge_fwd
 from vcd_fast.kernels.rows import rows_fwd
 
@@ -16,6 +17,7 @@ SMALL_MERGE = config.MergeConfig(sort_block=16, sort_warps=1, merge_block=16, me
 WAYS = {
     "rows": (rows_fwd, None),
     "merge": (merge_fwd, SMALL_MERGE),
+    "sort": (sort_fwd, config.SortConfig(32, 1)),
     "count": (count_fwd, config.CountConfig(10, 64, 1, 512, 4, SMALL_MERGE)),
     "count coarse": (count_fwd, config.CountConfig(4, 64, 1, 16, 4, SMALL_MERGE)),
 }
@@ -40,14 +42,14 @@ def test_equals_the_full_lists(way, form, singles, random_rows, full_lists):
     assert_same(compare(way, rows), full_lists(rows))
 
 
-@pytest.mark.parametrize("way", ["rows", "merge"])
+@pytest.mark.parametrize("way", ["rows", "merge", "sort"])
 @pytest.mark.parametrize(("form", "singles"), [(PLAIN, 0), (EVEN, 4), (ODD, 2)])
 def test_squared_cost(way, form, singles, random_rows, full_lists):
     rows = random_rows(40, singles, form, frames=1)
     assert_same(compare(way, rows, power=2), full_lists(rows, power=2))
 
 
-@pytest.mark.parametrize("way", ["rows", "merge", "count"])
+@pytest.mark.parametrize("way", ["rows", "merge", "sort", "count"])
 @pytest.mark.parametrize(("form", "singles"), [(EVEN, 1), (ODD, 2)])
 @pytest.mark.parametrize("m", [0, 1, 16, 66])
 def test_any_length(way, form, singles, m, random_rows, full_lists):
@@ -55,13 +57,13 @@ def test_any_length(way, form, singles, m, random_rows, full_lists):
     assert_same(compare(way, rows), full_lists(rows))
 
 
-@pytest.mark.parametrize("way", ["rows", "merge", "count"])
+@pytest.mark.parametrize("way", ["rows", "merge", "sort", "count"])
 def test_one_value(way, make_rows, full_lists):
     rows = make_rows(torch.tensor([[[0.5]]]), torch.tensor([[[-1.0]]]), 0, PLAIN)
     assert_same(compare(way, rows), full_lists(rows))
 
 
-@pytest.mark.parametrize("way", ["rows", "merge", "count"])
+@pytest.mark.parametrize("way", ["rows", "merge", "sort", "count"])
 def test_targets_frames_and_a_chunk_of_directions(way, random_rows, full_lists):
     rows = random_rows(20, 2, ODD, targets=2, frames=2, directions=3)
     want = full_lists(rows)

@@ -48,7 +48,7 @@ def assert_accurate(x, y, terms, gradient, **options):
     assert torch.cosine_similarity(gradient.flatten().double(), true_gradient.flatten(), 0) > 0.9999
 
 
-@pytest.mark.parametrize("method", ["auto", "rows", "merge", "count"])
+@pytest.mark.parametrize("method", ["auto", "rows", "merge", "count", "sort"])
 @pytest.mark.parametrize(("height", "width"), [(12, 14), (9, 11)])
 def test_agrees_with_the_reference(method, height, width, device):
     x, y = maps(1, 1, 5, height, width, device)

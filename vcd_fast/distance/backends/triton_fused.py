@@ -83,7 +83,7 @@ def sliced_terms(
         x: [N, C, H, W] float32, without a graph, any strides. target: batch size B, N a multiple of B; sample i is compared with the
             target's sample i // (N/B).
         with_gradient: whether the gradient is wanted.
-        method: how rows are compared: "auto", "project", "rows", "merge" or "count", see `kernels.config`; by default what the
+        method: how rows are compared: "auto", "project", "rows", "merge", "count" or "sort", see `kernels.config`; by default what the
             environment variable VCD_FAST_TRITON_METHOD says, else "auto".
         precision: of the projections: "ieee", "tf32x3" or "tf32"; by default VCD_FAST_TRITON_PRECISION, else "ieee", which is exact.
 
@@ -261,12 +261,16 @@ def _group(x: Tensor, parts: list[_FixedPart], work: _Work, with_gradient: bool)
 def _compare(z: Tensor, parts: list[_FixedPart], work: _Work, some: Tensor, first: int) -> list[tuple[Tensor, Tensor]]:
     """Cost [g, k] and derivatives [g, k, at least m + S] of every part, for a chunk of directions."""
     from vcd_fast.kernels.config import resolve_method
+    from vcd_fast.kernels.launch import architecture
     from vcd_fast.kernels.project import project_fwd
     from vcd_fast.kernels.rows import project_rows_fwd
 
     tables = _tables(work.plane)
     m, singles = half_plane_sizes(work.plane.height, work.plane.width)
-    methods = [resolve_method(work.method, part.representatives.shape[-1], work.power) for part in parts]
+    methods = [
+        resolve_method(work.method, part.representatives.shape[-1], work.power, architecture(z.device))
+        for part in parts
+    ]
     folded = {i for i, part in enumerate(parts) if FORMS[part.form] == "whole"}
     fused = {i for i, method in enumerate(methods) if method == "project"} - folded
     together = [part.phase for i, part in enumerate(parts) if i not in folded | fused]
@@ -291,10 +295,12 @@ def _compare(z: Tensor, parts: list[_FixedPart], work: _Work, some: Tensor, firs
 
 def _rows(values: Tensor, fixed: tuple, method: str, first: int) -> tuple[Tensor, Tensor]:
     from vcd_fast.kernels.count import count_fwd
+    from vcd_fast.kernels.library_sort import sort_fwd
     from vcd_fast.kernels.merge import merge_fwd
     from vcd_fast.kernels.rows import rows_fwd
 
-    return {"rows": rows_fwd, "merge": merge_fwd, "count": count_fwd}[method](values, *fixed, first)
+    compare = {"rows": rows_fwd, "merge": merge_fwd, "count": count_fwd, "sort": sort_fwd}[method]
+    return compare(values, *fixed, first)
 
 
 def _in_form_of(half: Tensor, part: _FixedPart, plane: HalfPlane) -> _FixedPart:

@@ -21,7 +21,21 @@ PROJECTIONS = (32, 256)
 PATCH_SIZE = {"vcd": 1, "fdl": 5}
 
 OURS = ("reference", "simd", "triton")
+TRITON_MODES = ("triton_count", "triton_merge", "triton_tf32x3")
 PLAIN = {"vcd": ("eager", "compile"), "fdl": ("published",)}
+LABELS = {
+    "eager": "eager PyTorch",
+    "compile": "torch.compile",
+    "published": "FDL as published",
+    "vgg19": "VGG19 alone",
+    "reference": "vcd_fast reference",
+    "simd": "vcd_fast simd",
+    "triton": "vcd_fast triton",
+    "triton_count": "triton, counting",
+    "triton_merge": "triton, merging",
+    "triton_tf32x3": "triton, tf32x3",
+}
+"""Providers as people read them."""
 MODES: dict[Mode, str] = {
     "both": "forward and backward",
     "no_grad": "value without gradient",
@@ -103,11 +117,11 @@ def _all(case: Case) -> list[Measurement]:
     return _with(case, *ours, *OURS, *vgg)
 
 
-def _memory_cases(size: tuple[int, int], projections: int) -> list[Measurement]:
-    """Peaks that show how memory grows: of the eager formula over the first frames, of ours over a few and many."""
+def _memory_cases(size: tuple[int, int], projections: int, frames: dict[int, tuple[str, ...]]) -> list[Measurement]:
+    """Peaks that show how memory grows with the frames; what is timed too has its peak measured anyway."""
     found = []
-    for frames, providers in ((1, ("eager",)), (2, ("eager",)), (3, ("eager",)), (4, OURS), (24, OURS)):
-        found += _with(Case("video", "both", size, projections, frames=frames, memory_only=True), *providers)
+    for n, providers in frames.items():
+        found += _with(Case("video", "both", size, projections, frames=n, memory_only=True), *providers)
     return found
 
 
@@ -118,17 +132,17 @@ def _quick() -> list[Measurement]:
     found += _all(Case("layer", "both", QUICK_SIZE, 16, "fdl", layer="relu5_1"))
     for reading in PATCH_SIZE:
         found += _all(Case("video", "both", QUICK_SIZE, 8, reading, frames=2))
-    return found + _memory_cases(QUICK_SIZE, 8)
+    return found + _memory_cases(QUICK_SIZE, 8, {1: ("eager",), 3: ("eager",), 4: ("simd",)})
 
 
 def _subset() -> list[Measurement]:
     found = []
     for case in layer_cases(SIZE, (256,), ("both",)):
-        found += _with(case, "eager", *OURS)
-    found += _memory_cases(SIZE, 256)
+        found += _with(case, "eager", *OURS, *TRITON_MODES)
     whole = Case("video", "both", SIZE, 256)
     found += _with(whole, "eager", *OURS, "vgg19")
     found += _with(dataclasses.replace(whole, frames=24), "simd", "triton")
+    found += _memory_cases(SIZE, 256, {4: ("simd", "triton"), 2: ("eager",), 3: ("eager",)})
     for case in layer_cases(SIZE, (256,), ("no_grad", "prepare")):
         found += _with(case, "simd", "triton")
     for case in layer_cases(SIZE, (32,), ("both", "no_grad")):
@@ -149,11 +163,12 @@ def _full() -> list[Measurement]:
     for case in layer_cases(SIZE, PROJECTIONS, training):
         found += _all(dataclasses.replace(case, reading="fdl"))
     for size in (SIZE, LARGE_SIZE):
-        for frames in FRAMES:
-            for k in PROJECTIONS:
+        for k in PROJECTIONS:
+            for frames in FRAMES:
                 for mode in training if frames == 1 else ("both",):
-                    for reading in PATCH_SIZE:
-                        found += _all(Case("video", mode, size, k, reading, frames=frames))
+                    found += _all(Case("video", mode, size, k, frames=frames))
+            found += _all(Case("video", "both", size, k, "fdl"))
+    found += _all(Case("video", "both", SIZE, 256, "fdl", frames=8))
     bf16 = Case("video", "both", SIZE, 256, frames=8, dtype="bfloat16")
     found += _with(bf16, "eager", "triton", "vgg19")
     return list(dict.fromkeys(found))

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from benchmarks import plain
-from benchmarks.cases import OURS, Case
+from benchmarks.cases import OURS, PATCH_SIZE, Case
 from benchmarks.inputs import Extractor, LayerInput, VideoInput, config_of, layer_input, video_input
 from vcd_fast import VCDConfig, VCDLoss, sliced_wasserstein, sort_target
+from vcd_fast.distance import SortedTarget
 from vcd_fast.distance.streaming import streamed
 
-LABELS = {
-    "eager": "eager PyTorch",
-    "compile": "torch.compile",
-    "published": "FDL as published",
-    "vgg19": "VGG19 alone",
-    "reference": "vcd_fast reference",
-    "simd": "vcd_fast simd",
-    "triton": "vcd_fast triton",
+TRITON_SETTINGS = {
+    "triton_count": ("VCD_FAST_TRITON_METHOD", "count"),
+    "triton_merge": ("VCD_FAST_TRITON_METHOD", "merge"),
+    "triton_tf32x3": ("VCD_FAST_TRITON_PRECISION", "tf32x3"),
 }
 
 
@@ -50,12 +49,22 @@ def _compiler_trouble(device: torch.device) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=8)
-def _backend_trouble(backend: str, device: torch.device) -> str | None:
+def backend_of(provider: str) -> str | None:
+    """The backend of this library that a provider stands for, or None for the others."""
+    name = provider.split("_")[0]
+    return name if name in OURS else None
+
+
+@functools.lru_cache(maxsize=16)
+def _backend_trouble(backend: str, reading: str, device: torch.device) -> str | None:
     """Why a backend of the library cannot run here: what the library itself says when asked for it by name, or None."""
-    maps = torch.ones(1, 1, 2, 2, device=device)
+    if backend == "triton" and device.type == "cpu":
+        return "backend 'triton' needs a GPU: on a CPU its kernels run in an interpreter, to be tested"
+    patch = PATCH_SIZE[reading]
+    maps = torch.ones(1, 1, patch, patch, device=device)
+    slicing = config_of(Case("layer", "both", (1, 1), 1, reading)).slicing
     try:
-        sliced_wasserstein(maps, maps, num_projections=1, backend=backend)
+        sliced_wasserstein(maps, maps, backend=backend, num_projections=1, slicing=slicing, patch_size=patch)
     except ValueError as error:
         return str(error)
     return None
@@ -67,7 +76,24 @@ def why_not(provider: str, case: Case, device: torch.device) -> str | None:
         return "bfloat16 is measured on a GPU only"
     if provider == "compile":
         return _compiler_trouble(device)
-    return _backend_trouble(provider, device) if provider in OURS else None
+    backend = backend_of(provider)
+    return None if backend is None else _backend_trouble(backend, case.reading, device)
+
+
+@contextlib.contextmanager
+def _settings(provider: str) -> Iterator[None]:
+    """The environment in which the library's Triton backend takes a mode of its own."""
+    name, value = TRITON_SETTINGS.get(provider, (None, None))
+    before = os.environ.get(name) if name else None
+    try:
+        if name:
+            os.environ[name] = value
+        yield
+    finally:
+        if name and before is None:
+            del os.environ[name]
+        elif name:
+            os.environ[name] = before
 
 
 def workload(provider: str, case: Case, device: torch.device, weights: str) -> Workload:
@@ -79,13 +105,15 @@ def workload(provider: str, case: Case, device: torch.device, weights: str) -> W
 
 def layer_workload(provider: str, case: Case, given: LayerInput) -> Workload:
     x = given.x.clone().requires_grad_()
-    if provider in OURS:
+    backend = backend_of(provider)
+    if backend is not None:
         config = config_of(case).slicing_config
-        return Workload(
-            x,
-            lambda: sort_target(given.y, given.filters, config=config, layer=case.layer),
-            lambda target: sliced_wasserstein(x, target, backend=provider).sum(),
-        )
+
+        def distance(target: SortedTarget) -> Tensor:
+            with _settings(provider):
+                return sliced_wasserstein(x, target, backend=backend).sum()
+
+        return Workload(x, lambda: sort_target(given.y, given.filters, config=config, layer=case.layer), distance)
     function = _compiled(provider, plain.sliced_wasserstein)
     return Workload(x, lambda: None, lambda _: function(x, given.y, given.filters).sum())
 
@@ -96,9 +124,8 @@ def video_workload(provider: str, case: Case, given: VideoInput) -> Workload:
     if provider == "vgg19":
         return Workload(video, lambda: None, lambda _: _features_alone(video, given.extractor, config))
     if provider in OURS:
-        criterion = VCDLoss(
-            config, extractor=given.extractor, projections=given.filters, backend=provider, check_range=False
-        )
+        options = {"projections": given.filters, "backend": provider, "check_range": False}
+        criterion = VCDLoss(config, extractor=given.extractor, **options)
         return Workload(video, lambda: None, lambda _: criterion(video))
     num_frames = video.shape[1]
     temporal = [config.weight_of(i, num_frames) for i in range(1, num_frames)]

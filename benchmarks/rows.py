@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.cases import Case
 
 SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
 Row = dict[str, object]
 
 FIELDS: dict[str, tuple[type, ...]] = {

@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import estimate, gate, machine, memory, providers, rows, timing
+from benchmarks.accuracy import Accuracy
 from benchmarks.cases import Case, Level, Measurement
-from benchmarks.gate import Accuracy
 from benchmarks.memory import Peak
 from benchmarks.operations import operation
 from benchmarks.timing import Times
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Run:
@@ -27,6 +25,7 @@ class Run:
     Args:
         results: the file rows are added to; None: `results/<machine>-<date>.json`.
         minutes: after which no other measurement is begun; None: no limit.
+        longest: rounds that are expected to take more seconds on a CPU are left out; None: none are.
         with_memory: whether peaks are measured.
     """
 
@@ -38,6 +37,7 @@ class Run:
         weights: str,
         results: Path | None,
         minutes: float | None,
+        longest: float | None,
         with_memory: bool,
     ) -> None:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -48,7 +48,7 @@ class Run:
         self.level, self.device, self.weights, self.with_memory = level, device, weights, with_memory
         self.threads = torch.get_num_threads()
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self.minutes = minutes
+        self.minutes, self.longest = minutes, longest
         self.machine = machine.describe(device)
         self.common: rows.Row = {
             "schema": rows.SCHEMA,
@@ -61,7 +61,7 @@ class Run:
             "versions": machine.versions(),
             "commit": machine.commit(),
         }
-        self.results = results or RESULTS / f"{self.machine['slug']}-{machine.now()[:10]}.json"
+        self.results = results or rows.RESULTS / f"{self.machine['slug']}-{machine.now()[:10]}.json"
         self.written = 0
         self.left_out: dict[str, list[Measurement]] = defaultdict(list)
 
@@ -69,8 +69,13 @@ class Run:
         """Why this is not measured now, or None."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             return f"the {self.minutes:g} minutes of this run were over (--minutes)"
+        if measurement.case.memory_only and not self.with_memory:
+            return "peaks were not asked for (--no-memory)"
         if reason := providers.why_not(measurement.provider, measurement.case, self.device):
             return reason
+        seconds = estimate.expected_seconds(measurement.provider, measurement.case)
+        if self.longest is not None and self.device.type == "cpu" and seconds > self.longest:
+            return f"a round is expected to take more than {self.longest:g} s (--longest)"
         needed = estimate.needed_bytes(measurement.provider, measurement.case)
         available = machine.available_bytes(self.device)
         if needed > estimate.SHARE * available:
@@ -87,7 +92,7 @@ class Run:
         return gate.accuracy(measurement.provider, measurement.case, self.device, self.weights)
 
     def wants_memory(self, case: Case) -> bool:
-        """Peaks of a backward alone are those of forward and backward. Short runs leave out those that say little."""
+        """Peaks of a backward alone are those of forward and backward. The subset leaves out those that say little."""
         if not self.with_memory or case.mode == "backward":
             return False
         return self.level != "subset" or (case.mode == "both" and case.num_projections == 256)

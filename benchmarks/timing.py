@@ -58,10 +58,10 @@ class Plan:
 
 def cpu_plan(expected: float, full: bool) -> Plan:
     """For a case whose round is expected to take so many seconds."""
-    if expected > 8:
-        few = 1 if expected > 30 else 2
+    if expected > 3:
+        few = 1 if expected > 30 else 2 if expected > 8 else 3
         return Plan(False, few, few, 0.0)
-    return Plan(True, 3, 30 if full else 10, 15.0 if full else 3.0)
+    return Plan(True, 3, 30 if full else 10, 15.0 if full else 1.5)
 
 
 def gpu_times(operation: Operation, device: torch.device, budget: float, least: int = 10, most: int = 200) -> Times:

@@ -99,11 +99,24 @@ class TestCommandLine:
     def test_the_launchers_rank_is_accepted(self):
         assert self.options("--local_rank=1")[1].local_rank == 1
 
-    def test_abbreviations_and_unknown_options_are_refused(self, capsys):
-        for word in ("--learning", "--speed"):
-            with pytest.raises(SystemExit):
-                self.options(word, "3")
-        assert "--speed" in capsys.readouterr().err
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("--learning-rat", "did you mean --learning-rate"),
+            ("--max-train-step", "did you mean --max-train-steps"),
+            ("--xyzzy", "--xyzzy"),
+        ],
+    )
+    def test_abbreviations_and_unknown_options_are_refused(self, word, message):
+        with pytest.raises(ValueError, match=f"unknown option {word}") as error:
+            self.options(word, "3")
+        assert message in str(error.value)
+
+    def test_what_sections_contradict_one_another_in(self):
+        with pytest.raises(ValueError, match="frames_per_step: expected at most 8 for a clip of 9 frames, got 9"):
+            self.options("--frames-per-step", "9")
+        with pytest.raises(ValueError, match="expected bfloat16 or float32 for training"):
+            self.options("--dtype", "float16")
 
     def test_no_model_is_said(self):
         with pytest.raises(ValueError, match="model: expected --model with one of wan, opensora"):

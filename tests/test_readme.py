@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vcd_fast.devices import free_port
 from vcd_fast.distance import VGG19Features
 from vcd_fast.media import read_image, read_video, write_image, write_video
 from vcd_fast.models.wan.tiny import save_tiny_pipeline
@@ -72,6 +73,11 @@ def test_python(code, recipe_vgg19):
     assert done.returncode == 0, done.stderr
 
 
+def test_continuous_integration_runs_the_two_commands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert all(f"\n{command}" in script for command in ELSEWHERE)
+
+
 def test_the_first_five_lines_compute_the_distance():
     assert README.index("```python") < README.index("```bash")
     assert sum(bool(line.strip()) for line in PYTHON[0].splitlines()) <= 5
@@ -127,7 +133,14 @@ def test_dry_run_of_the_real_setting(place, recipe_vgg19):
 def test_train_generate_export(place, recipe_vgg19):
     """One after another, as a user would; the launcher starts two ranks here, there being no GPU to count."""
     (train,) = [line for line in COMMANDS if line.startswith("deepspeed")]
-    run(train.replace("deepspeed ", "deepspeed --num_gpus 2 "), place, recipe_vgg19, "--zero", "2", *SMALLER)
+    run(
+        train.replace("deepspeed ", f"deepspeed --num_gpus 2 --master_port {free_port()} "),
+        place,
+        recipe_vgg19,
+        "--zero",
+        "2",
+        *SMALLER,
+    )
     assert (place / "runs" / "wan" / "lora" / "pytorch_lora_weights.safetensors").exists()
 
     (generate,) = [line for line in COMMANDS if line.startswith("vcd generate")]

@@ -60,7 +60,21 @@ def compose(family_name: str, preset: str | None = None, *overlays: Overlay) -> 
     Raises:
         ValueError: unknown family, preset, section or key; a value out of range. All problems in one message.
     """
-    return RunConfig(family_name, preset, **compose_sections(family_name, preset, SECTIONS, *overlays))
+    config = RunConfig(family_name, preset, **compose_sections(family_name, preset, SECTIONS, *overlays))
+    _check_together(config)
+    return config
+
+
+def _check_together(config: RunConfig) -> None:
+    """What no section can see alone."""
+    if config.model.dtype == "float16":
+        raise ValueError("configuration: model.dtype: expected bfloat16 or float32 for training, got 'float16'")
+    most = config.model.num_frames - 1
+    if config.reward.frames_per_step > most:
+        raise ValueError(
+            f"configuration: reward.frames_per_step: expected at most {most} for a clip of {most + 1} frames, "
+            f"got {config.reward.frames_per_step}"
+        )
 
 
 def compose_sections(
@@ -173,7 +187,10 @@ def parse(argv: Sequence[str], prog: str) -> tuple[RunConfig, argparse.Namespace
     _add_leading_options(parser)
     # Without a family only the help can be shown, and Wan's stands for it.
     destinations = _add_sections(parser, family_name or "wan", preset if family_name else None)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(_unknown("option", unknown[0], options))
     if family_name is None:
         raise ValueError(f"model: expected --model with one of {', '.join(FAMILIES)}, got none")
     given: dict[str, dict[str, Any]] = {}

@@ -69,7 +69,9 @@ def test_a_folder_that_is_no_model(vcd, folder, tmp_path):
 def test_a_folder_without_pictures(vcd, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(vcd("train", *TINY, "--pictures", tmp_path / "empty", "--output", tmp_path / "run"), "empty")
-    refused(vcd("train", *TINY, "--pictures", tmp_path / "nowhere", "--output", tmp_path / "run"), "nowhere")
+    refused(
+        vcd("train", *TINY, "--pictures", tmp_path / "nowhere", "--output", tmp_path / "run"), "pictures:", "nowhere"
+    )
 
 
 def test_a_misspelt_key(vcd, folder, tmp_path):

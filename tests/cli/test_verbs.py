@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vcd_fast.cli.generate import parse_size
+from vcd_fast.cli.generate import check_outputs, parse_size
 from vcd_fast.media import read_image, read_video, write_image
 from vcd_fast.models.lora import LoRASettings, add_lora, read_lora, save_lora
 from vcd_fast.models.wan import ModelSettings, load_model
@@ -56,7 +56,7 @@ class TestGenerate:
         second, _ = read_video(tmp_path / "out-2.mp4")
         assert (first.shape, fps) == ((5, 3, 32, 48), 12)
         assert (first - second).abs().mean() > 0.01
-        assert (tmp_path / "out.png").exists()
+        assert (tmp_path / "out-strip.png").exists()
         assert "random" in err
         assert "5 frames of 48x32" in out
 
@@ -69,6 +69,15 @@ class TestGenerate:
             videos[name] = read_video(tmp_path / f"{name}.mp4")[0]
         assert torch.equal(videos["base"], videos["zero"])
         assert (videos["base"] - videos["tuned"]).abs().mean() > 0.005
+
+    def test_the_picture_itself_is_never_overwritten(self, vcd, picture):
+        before = picture.read_bytes()
+        code, _, err = vcd("generate", picture, "a cat runs", *TINY, "-o", picture)
+        assert code == 1
+        assert "output" in err
+        with pytest.raises(ValueError, match="would overwrite the picture"):
+            check_outputs(picture, picture.with_suffix(".mp4"), picture)
+        assert picture.read_bytes() == before
 
     @pytest.mark.parametrize("text", ["368", "axb", "0x16", "368x272x3", "-16x16"])
     def test_sizes_that_are_none(self, text):

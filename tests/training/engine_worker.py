@@ -8,13 +8,24 @@ import torch.distributed as dist
 from torch import nn
 
 from vcd_fast.training import engine as engines
-from vcd_fast.training.optimizer_state import gather_moments, gather_parameters, restore_moments
+from vcd_fast.training.optimizer_state import discard_gradients, gather_moments, gather_parameters, restore_moments
 from vcd_fast.training.settings import TrainingSettings
 
 NAMES = ("0.weight", "2.weight", "2.bias")  # odd sizes: the shards of ZeRO-3 are padded
 
 
-def make(stage, values=None):
+NORMS = {
+    "unclipped": {"max_grad_norm": 0.0},
+    "clipped at 5": {"max_grad_norm": 5.0},
+    "unclipped in bfloat16": {"max_grad_norm": 0.0, "dtype": torch.bfloat16},
+}
+
+
+def flat(tensors):
+    return {name: value.flatten().tolist() for name, value in tensors.items()}
+
+
+def make(stage, values=None, max_grad_norm=0.05, dtype=torch.float32):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).requires_grad_(False)
     parameters = {name: model.get_parameter(name).requires_grad_(True) for name in NAMES}
@@ -22,8 +33,8 @@ def make(stage, values=None):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(values[name])
-    settings = TrainingSettings(zero=stage, learning_rate=1e-2, weight_decay=0.01, max_grad_norm=0.05)
-    return engines.build(model, list(parameters.values()), settings, torch.float32), parameters
+    settings = TrainingSettings(zero=stage, learning_rate=1e-2, weight_decay=0.01, max_grad_norm=max_grad_norm)
+    return engines.build(model, list(parameters.values()), settings, dtype), parameters
 
 
 def update(engine, step, factor=1.0, backwards=2):
@@ -71,6 +82,9 @@ def main():
             update(engine, step)
         middle = state(engine, parameters)
         bad = update(engine, 99, factor=float("nan"))
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        engine.backward(engine(torch.randn(2, 6, generator=generator)).sum(), scale_wrt_gas=False)
+        discard_gradients(engine, parameters)  # of a step that is given up half-way
         untouched = same(middle, state(engine, parameters))
         for step in (3, 4):
             update(engine, step, backwards=step)
@@ -88,6 +102,13 @@ def main():
             "resumed_equals_undisturbed": same(end, state(resumed, parameters)),
             "largest_difference_to_one_process": max((middle[n] - reference[n]).abs().max().item() for n in NAMES),
         }
+        for name, options in NORMS.items():
+            engine, parameters = make(stage, **options)
+            norms = []
+            for step in range(2):
+                update(engine, step, factor=100.0)  # far above 1, where DeepSpeed would clip if it were left to
+                norms.append(float(engine.get_global_grad_norm()))
+            found[stage][name] = {"norms": norms, "weights": flat(gather_parameters(engine, parameters))}
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(found), flush=True)
     dist.barrier()

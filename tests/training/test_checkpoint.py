@@ -1,3 +1,4 @@
+import dataclasses
 import resource
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from vcd_fast.config import compose
 from vcd_fast.training import checkpoint as checkpoints
 from vcd_fast.training.checkpoint import Checkpoint
 
@@ -76,17 +78,47 @@ def test_never_refuses_a_folder_in_use(tmp_path):
         checkpoints.choose(tmp_path, "never")
 
 
-def test_another_lora_is_refused_by_name(tmp_path):
-    checkpoint = make(10)
-    with pytest.raises(ValueError, match="differs from the configured one in 1 tensors"):
-        checkpoints.check_matches(checkpoint, {"blocks.0.to_q.lora_A.weight": torch.zeros(4, 6)})
-    checkpoints.check_matches(checkpoint, {"blocks.0.to_q.lora_A.weight": torch.zeros(2, 6)})
+def configured(**overlay):
+    base = {"model": {"num_frames": 5}, "data": {"pictures": "p"}}
+    return compose("wan", "tiny", base, overlay).as_dict()
+
+
+class TestChangedSettings:
+    @pytest.mark.parametrize(
+        ("section", "key", "value"), [("lora", "alpha", 64), ("lora", "rank", 8), ("model", "weights", "elsewhere")]
+    )
+    def test_what_the_lora_is_about_may_not_change(self, section, key, value):
+        checkpoint = dataclasses.replace(make(10), extra={"config": configured()})
+        with pytest.raises(ValueError, match=rf"resume: .*{section}\.{key}: .* -> {value}"):
+            checkpoints.changes(checkpoint, configured(**{section: {key: value}}))
+
+    def test_what_else_decides_numbers_is_listed(self):
+        checkpoint = dataclasses.replace(make(10), extra={"config": configured()})
+        changed = configured(training={"learning_rate": 1.0, "output": "elsewhere", "max_train_steps": 900})
+        assert checkpoints.changes(checkpoint, changed) == ["training.learning_rate: 0.02 -> 1.0"]
+        assert checkpoints.changes(checkpoint, configured()) == []
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_forgets_the_later_ones(tmp_path):
+    """Otherwise the old step 30 would be the newest for ever, and be what --resume auto takes."""
+    for step in (10, 20, 30):
+        checkpoints.save(tmp_path, make(step), keep=3)
+    (tmp_path / "checkpoints" / ".step-00000040.tmp").mkdir()
+    checkpoints.forget_after(tmp_path, 10)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    checkpoints.save(tmp_path, make(10), keep=3)
+    checkpoints.save(tmp_path, dataclasses.replace(make(10), updates=7), keep=3)
+    assert checkpoints.choose(tmp_path, "auto").updates == 7
 
 
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
+from vcd_fast.config import compose
 from vcd_fast.training import checkpoint as c
 def make(step, n): return c.Checkpoint(step, step, {"a": torch.zeros(n)}, {"exp_avg.a": torch.zeros(n)}, {})
 folder = Path(sys.argv[1])

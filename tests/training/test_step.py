@@ -51,12 +51,12 @@ def setting():
 
 
 def batch(setting, step=0):
-    generators = {"frames": indexed_generator(0, "frames", step), "window": indexed_generator(0, "window", step)}
+    generators = {"frames": [indexed_generator(0, "frames", step)], "window": indexed_generator(0, "window", step)}
     noise = [indexed_generator(0, "noise", step)]
     return Batch(setting.condition, setting.image, ["a cat runs"], noise, step=step, **generators)
 
 
-def run(setting, *, reward=None, backprop="all", agree=lambda flag: flag, discard=False, scale=1.0):
+def run(setting, *, reward=None, backprop="all", agree=lambda flag: flag, scale=1.0):
     for parameter in setting.parameters.values():
         parameter.grad = None
     calls = []
@@ -78,7 +78,6 @@ def run(setting, *, reward=None, backprop="all", agree=lambda flag: flag, discar
         scale=scale,
         agree=agree,
         clock=clock,
-        discard=discard,
     )
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in setting.parameters.items()}
     return done, gradients, calls
@@ -137,12 +136,6 @@ class TestNotFinite:
         assert not done.finite
         assert not calls
         assert all(gradient is None for gradient in gradients.values())
-
-    def test_after_earlier_micro_steps_the_engine_is_made_to_discard_them(self, setting, value, slope):
-        done, gradients, calls = run(setting, reward=BrokenReward(value, slope), discard=True)
-        assert not done.finite
-        assert calls
-        assert any(gradient.isnan().any() for gradient in gradients.values())
 
 
 def test_another_rank_may_be_the_one_that_is_not_finite(setting):

@@ -43,8 +43,9 @@ def main(folder, pictures, cases):
     found = {}
     for name, overlay in json.loads(cases).items():
         output = f"{folder}/{world}-{name}"
-        # one process takes as micro-steps what two ranks share
-        share = {"gradient_accumulation": 2 // world, "output": output, "cache": f"{folder}/encodings"}
+        # one process takes as micro-steps, or as a batch, what two ranks share
+        share = {"batch_size" if name == "batch" else "gradient_accumulation": 2 // world}
+        share |= {"output": output, "cache": f"{folder}/encodings"}
         config = compose("wan", "tiny", SMALL, {"data": {"pictures": pictures}}, overlay, {"training": share})
         summary = Run(config, torch.device("cpu"), []).train()
         dist.barrier()

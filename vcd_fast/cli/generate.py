@@ -54,6 +54,8 @@ def generate(
         "model": {key: value for key, value in given.items() if value is not None},
         "rollout": {"sampling_steps": steps} if steps is not None else {},
     }
+    strip_path = output.with_name(f"{output.stem}-strip.png") if strip else None
+    check_outputs(image, output, strip_path)
     sections = compose_sections(model, preset, ("model", "rollout"), overlay)
     settings, sampling_steps = sections["model"], sections["rollout"].sampling_steps
     if lora is not None:
@@ -88,9 +90,23 @@ def generate(
             rows.append((f"seed {number}", video))
             high, wide = video.shape[-2:]  # a family may decode less than the size asked for
             print(f"{path}: {len(video)} frames of {wide}x{high}, {settings.fps:g} fps")
-    if strip:
-        write_image(output.with_suffix(".png"), frame_strip(rows, picture))
-        print(f"{output.with_suffix('.png')}: {json.dumps(prompt)}")
+    if strip_path is not None:
+        write_image(strip_path, frame_strip(rows, picture))
+        print(f"{strip_path}: {json.dumps(prompt)}")
+
+
+def check_outputs(image: Path, output: Path, strip: Path | None) -> None:
+    """Before anything is computed: can be written, and is not the picture itself.
+
+    Raises:
+        ValueError: no .mp4, or a path that would overwrite the picture. FileNotFoundError: no such folder.
+    """
+    if output.suffix.lower() != ".mp4":
+        raise ValueError(f"output: expected a name that ends in .mp4, got {output}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output: there is no folder {output.parent}")
+    if image.resolve() in (output.resolve(), strip and strip.resolve()):
+        raise ValueError(f"output: {output} would overwrite the picture {image}; choose another name")
 
 
 def parse_size(text: str) -> tuple[int, int]:

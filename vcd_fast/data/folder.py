@@ -72,7 +72,10 @@ class PictureFolder:
         """
         self.height, self.width = height, width
         folder = Path(settings.pictures)
-        os.listdir(folder)  # its error says what is the matter: missing, no folder, forbidden
+        try:
+            os.listdir(folder)
+        except OSError as error:  # missing, no folder, forbidden
+            raise type(error)(f"pictures: expected a folder of pictures, got {folder}: {error.strerror}") from error
         problems: list[Problem] = []
         rows = read_rows(folder, problems)
         all_rows_read = not problems

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,8 +32,8 @@ def family(name: str) -> ModuleType:
 
     It exports `ModelSettings` (a subclass of `BaseModelSettings`), `load_encoder(settings) -> Encoder`,
     `load_model(settings) -> I2VModel`, `load_meta(settings) -> I2VModel` (on the meta device, nothing but configurations read),
-    `missing_weights(settings) -> list[hub.Missing]` and `LORA_TARGETS` (named lists of module-name suffixes, one of them "default");
-    and, if other tools name its layers otherwise, `comfy_module_name` and its inverse `model_module_name`; and, if the step cache's plan
+    `missing_weights(settings) -> list[hub.Missing]`, `LORA_TARGETS` (named lists of module-name suffixes, one of them "default") and
+    `DEFAULT_PRESET` (the preset of its published weights); and, if other tools name its layers otherwise, `comfy_module_name` and its inverse `model_module_name`; and, if the step cache's plan
     is a function of the timesteps, `fill_time_embedding(transformer, settings) -> bool`, which reads that much for a model on the meta
     device.
 
@@ -149,7 +149,10 @@ class Condition:
         ]
 
     def save(self, path: str | Path) -> None:
-        save_file({name: value.contiguous() for name, value in self._tensors().items()}, path)
+        try:
+            save_file({name: value.contiguous() for name, value in self._tensors().items()}, path)
+        except SafetensorError as error:  # what a full disk is reported as
+            raise OSError(f"{path} could not be written: {error}") from error
 
     @classmethod
     def load(cls: type[C], path: str | Path) -> C:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,15 +40,13 @@ class Checkpoint:
 
 
 def save(output: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`.
+    """Write a checkpoint in place of one of the same step, then remove all but the newest `keep`.
 
     Raises:
         OSError: could not be written (disk full, no permission); nothing half-written stays.
     """
     parent = output / FOLDER
     final = parent / f"step-{checkpoint.step:08d}"
-    if (final / ".complete").exists():  # written by the run this one was resumed from
-        return final
     temporary = parent / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,18 +63,29 @@ def save(output: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for path in temporary.iterdir():
             _sync(path)
         (temporary / ".complete").touch()
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         os.rename(temporary, final)
         _sync(parent)
-    except Exception as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
+        if not isinstance(error, SafetensorError):
             raise
         # safetensors reports a full disk as an error of its own
         raise OSError(f"checkpoint {final} could not be written: {error}") from error
     for old in list_complete(output)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def forget_after(output: Path, step: int) -> None:
+    """Remove checkpoints later than `step`, and what a killed process left half-written: a run that goes on from `step` writes its
+    own, and the newest must be its newest."""
+    for folder in list_complete(output):
+        if int(_NAME.fullmatch(folder.name)[1]) > step:
+            _remove(folder)
+    for leftover in (output / FOLDER).glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def list_complete(output: Path) -> list[Path]:
@@ -126,16 +136,43 @@ def choose(output: Path, resume: str) -> Checkpoint | None:
     return load(Path(resume))
 
 
-def check_matches(checkpoint: Checkpoint, lora: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where a checkpoint's LoRA does not fit the one configured now."""
-    stored = {name: tuple(value.shape) for name, value in checkpoint.lora.items()}
-    wanted = {name: tuple(value.shape) for name, value in lora.items()}
-    if stored != wanted:
-        names = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+FIXED = ("family", "model.weights", "model.revision", "lora.rank", "lora.alpha", "lora.targets")
+"""what a LoRA is about: a run cannot go on with another"""
+INCIDENTAL = (
+    "preset",
+    "training.output",
+    "training.resume",
+    "training.cache",
+    "training.device",
+    "training.max_train_steps",
+)
+
+
+def changes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """What is configured differently now, as `key: before -> now`; keys that decide no number are left out.
+
+    Raises:
+        ValueError: what the LoRA is about has changed.
+    """
+    before, now = _flat(checkpoint.extra["config"]), _flat(config)
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    texts = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing if key not in INCIDENTAL}
+    fixed = [texts[key] for key in FIXED if key in texts]
+    if fixed:
         raise ValueError(
-            f"resume: the checkpoint's LoRA differs from the configured one in {len(names)} tensors (first: {names[0]}, "
-            f"stored {stored.get(names[0])}, configured {wanted.get(names[0])}); keep rank and targets, or choose another --output"
+            f"resume: the run to go on with was started with other settings ({'; '.join(fixed)}); "
+            "choose another --output to start a new one, or the old settings"
         )
+    return list(texts.values())
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        flat.update(
+            {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return flat
 
 
 def _offer(folder: Path) -> str:
@@ -145,6 +182,12 @@ def _offer(folder: Path) -> str:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """First no longer a checkpoint, then gone."""
+    (folder / ".complete").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:

@@ -9,7 +9,7 @@ from vcd_fast.data import PictureFolder
 from vcd_fast.models.base import I2VModel, family
 from vcd_fast.models.lora import add_lora
 from vcd_fast.rollout.step_cache.build import build_step_cache, check_step_cache, describe_step_cache
-from vcd_fast.training.checkpoint import list_complete
+from vcd_fast.training.checkpoint import changes, choose
 from vcd_fast.training.randomness import indexed_generator
 from vcd_fast.training.settings import RunConfig
 
@@ -34,7 +34,10 @@ def describe(config: RunConfig) -> str:
     window = plan.steps(len(schedule), indexed_generator(training.seed, "window", 0))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     per_step = training.batch_size * training.gradient_accumulation * ranks
-    done = list_complete(Path(training.output))
+    resumed = choose(Path(training.output), training.resume)
+    changed = changes(resumed, config.as_dict()) if resumed is not None else []
+    if config.reward.vgg19 not in ("imagenet", "random") and not Path(config.reward.vgg19).is_file():
+        raise FileNotFoundError(f"vgg19: expected imagenet, random or a file, got {config.reward.vgg19}")
     branches = 1 if model.guidance_scale == 1 else 2
     rows = {
         "model": f"{config.family}, preset {config.preset}, weights {model.weights}, {model.dtype}",
@@ -54,7 +57,8 @@ def describe(config: RunConfig) -> str:
         "steps": f"{training.max_train_steps} optimizer steps, {training.max_train_steps * per_step} clips, "
         f"{training.max_train_steps * per_step / len(pictures.training):.1f} passes over the pictures",
         "output": f"{training.output}"
-        + (f", going on from {done[-1].name}" if done and training.resume == "auto" else ", from the start"),
+        + (f", going on from step {resumed.step}" if resumed is not None else ", from the start")
+        + (f"; changed since then: {'; '.join(changed)}" if changed else ""),
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
@@ -64,7 +68,7 @@ def _step_cache(config: RunConfig, meta: I2VModel) -> str:
     """Which steps the rollout computes. Of the weights only the time embedding is read, if they are on this machine."""
     if config.rollout.step_cache == "none":
         return "none"
-    check_step_cache(meta, config.rollout)
+    check_step_cache(meta, config.rollout, sharded=config.training.zero == 3)
     fill = getattr(family(config.family), "fill_time_embedding", None)
     if fill is not None and not fill(meta.transformer, config.model):
         return "teacache; the plan depends on the weights, which are not on this machine"

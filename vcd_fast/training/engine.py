@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
-import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -25,6 +25,7 @@ import deepspeed
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vcd_fast.devices import free_port
 from vcd_fast.training.settings import TrainingSettings
 
 
@@ -67,7 +68,7 @@ def init_distributed(device: torch.device) -> None:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if "RANK" not in os.environ:
         os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
@@ -106,6 +107,7 @@ def build(
     }
     if settings.zero == 0:
         optimizer = GuardedAdamW(parameters, settings.max_grad_norm, **options)
+        config["gradient_clipping"] = 0.0  # the optimizer clips; left out, DeepSpeed would clip at 1 before it
     else:
         optimizer = torch.optim.AdamW(parameters, **options)
         config["gradient_clipping"] = settings.max_grad_norm
@@ -114,11 +116,31 @@ def build(
         # Every tensor is sharded: the defaults keep small ones whole, which on a small model is all of them.
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
     if dtype != torch.float32:
-        config["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
+        _keep_out_of_autocast(transformer)
+        # No module's gradients are sent in the lower precision: they are the LoRA's, and those are float32.
+        name = str(dtype).removeprefix("torch.")
+        config["torch_autocast"] = {"enabled": True, "dtype": name, "lower_precision_safe_modules": []}
     engine, _, _, _ = deepspeed.initialize(
         model=transformer, model_parameters=parameters, optimizer=optimizer, config=config
     )
     return engine
+
+
+def _keep_out_of_autocast(transformer: nn.Module) -> None:
+    """Let what the model's class keeps in float32 also compute in it, as it does where videos are generated without autocast."""
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, module in transformer.named_modules():
+        if name.rpartition(".")[2] in kept:
+            module.forward = _without_autocast(module.forward)
+
+
+def _without_autocast(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def in_float32(*inputs: Tensor, **options: object) -> Tensor:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return forward(*inputs, **options)
+
+    return in_float32
 
 
 def all_agree(flag: bool, device: torch.device) -> bool:
@@ -133,9 +155,3 @@ def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     total = values.detach().to(device, torch.float64).clone()
     dist.all_reduce(total)
     return (total / dist.get_world_size()).cpu()
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

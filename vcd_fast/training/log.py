@@ -28,9 +28,12 @@ class RunLog:
             self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self._file.write(json.dumps(_json_safe({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(json_safe({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self._tensorboard is not None:
             for name, value in _flat(values):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -61,10 +64,10 @@ def _keep_before(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """JSON knows no NaN and no infinity: null stands for them."""
     if isinstance(value, dict):
-        return {name: _json_safe(entry) for name, entry in value.items()}
+        return {name: json_safe(entry) for name, entry in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

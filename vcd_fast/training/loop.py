@@ -25,8 +25,14 @@ from vcd_fast.training import checkpoint as checkpoints
 from vcd_fast.training import engine as engines
 from vcd_fast.training import record
 from vcd_fast.training.log import RunLog
-from vcd_fast.training.memory import peak_memory_gib
-from vcd_fast.training.optimizer_state import gather_moments, gather_parameters, restore_moments, set_learning_rate
+from vcd_fast.training.memory import peak_memory_gib, reset_peak_memory
+from vcd_fast.training.optimizer_state import (
+    discard_gradients,
+    gather_moments,
+    gather_parameters,
+    restore_moments,
+    set_learning_rate,
+)
 from vcd_fast.training.progress import Reporter
 from vcd_fast.training.randomness import indexed_generator, indexed_seed
 from vcd_fast.training.samples import BASE, HeldOut, HeldOutClip
@@ -36,6 +42,14 @@ from vcd_fast.training.step import Batch, PhaseClock, micro_step
 
 class TooManyBadSteps(ValueError):
     """Rewards or gradients were not finite for too many steps in a row."""
+
+
+class OutOfMemory(ValueError):
+    """The GPU was too small for the settings."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end; all ranks raise it at the same point."""
 
 
 def train(config: RunConfig, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -55,6 +69,12 @@ def train(config: RunConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     engines.init_distributed(device)
     try:
         return Run(config, device, list(command)).train()
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"out of GPU memory ({str(error).splitlines()[0]}). In the order of what they cost least: --checkpointing both, "
+            "--decode-checkpointing resnet, --chunk-frames 1, --vae-dtype bfloat16, --guidance-gradient conditional, fewer "
+            "--num-frames or a smaller --height and --width, --zero 3 on several GPUs"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -75,9 +95,16 @@ class Run:
         size = config.model.height, config.model.width
         self.pictures = PictureFolder(config.data, *size)
         resumed = checkpoints.choose(self.output, self.settings.resume)
+        changes = checkpoints.changes(resumed, config.as_dict()) if resumed is not None else []
+        if resumed is not None and resumed.step > self.settings.max_train_steps:
+            raise ValueError(
+                f"max_train_steps: expected at least {resumed.step}, where the run in {self.output} stands, got "
+                f"{self.settings.max_train_steps}; choose another --output to start a new one"
+            )
         self.reward = VCDReward(config.reward, device)
         if config.rollout.step_cache != "none":
-            check_step_cache(family(config.family).load_meta(config.model), config.rollout)
+            meta = family(config.family).load_meta(config.model)
+            check_step_cache(meta, config.rollout, sharded=self.settings.zero == 3)
         self._encode()
 
         self.model = family(config.family).load_model(config.model, device)
@@ -89,7 +116,6 @@ class Run:
             self.reporter.say(f"step cache: {describe_step_cache(self.cache, self.model, config.rollout)}")
         self.parameters = lora.add_lora(self.model, config.lora, indexed_seed(self.settings.seed, "lora"))
         if resumed is not None:
-            checkpoints.check_matches(resumed, dict(self.parameters))
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(resumed.lora[name])
@@ -100,20 +126,24 @@ class Run:
         self.step, self.updates, self.bad_in_a_row = 0, 0, 0
         if resumed is not None:
             self.step, self.updates = resumed.step, resumed.updates
-            self.bad_in_a_row = resumed.extra["bad_in_a_row"]
             restore_moments(self.engine, self.parameters, resumed.moments, self.updates)
             self.reporter.say(f"resumed from step {self.step} of {self.output}")
             if resumed.extra["data_hash"] != self.pictures.data_hash:
                 self.reporter.say("note: pictures or prompts have changed since that checkpoint was written")
+            if changes:
+                self.reporter.say(f"note: changed since then: {'; '.join(changes)}")
         self.held_out = HeldOut(
             self._held_out_clips(), self.model, self.reward, config.rollout.sampling_steps, self.output
         )
-        if self.rank == 0:
-            facts = {"data_hash": self.pictures.data_hash, "first_step": self.step}
-            record.write_record(self.output, config, command, self.world, **facts)
-            self.log = RunLog(self.output, self.step, self.settings.tensorboard)
+        self._on_first_rank(lambda: self._open_folder(command))
 
     # --- before the first step -------------------------------------------------------------------------------------------------
+
+    def _open_folder(self, command: list[str]) -> None:
+        facts = {"data_hash": self.pictures.data_hash, "first_step": self.step}
+        record.write_record(self.output, self.config, command, self.world, **facts)
+        checkpoints.forget_after(self.output, self.step)
+        self.log = RunLog(self.output, self.step, self.settings.tensorboard)
 
     def _encode(self) -> None:
         """Encode prompts and pictures once; ranks share the work, the results lie on disk, the encoders are gone afterwards."""
@@ -129,6 +159,7 @@ class Run:
             encode_all(encoder, items[self.rank :: self.world], *arguments, on_progress=self._advance)
         dist.barrier()
         self.conditions = encode_all(encoder, items, *arguments)
+        reset_peak_memory(self.device)  # what counts from here on is training
 
     def _held_out_clips(self) -> list[HeldOutClip]:
         indices = self.pictures.held_out[: self.settings.sample_pictures]
@@ -154,24 +185,30 @@ class Run:
         total, every = self.settings.max_train_steps, self.settings.checkpoint_every
         started = time.perf_counter()
         with self.stop, self.reporter.bar("training", total, self.step):
-            if self.step > 0 and not self.held_out.has(BASE):  # resumed from another run's checkpoint
-                with lora.lora_disabled(self.model):
-                    self._evaluate(BASE, step=0)
-            while True:
-                if self._sample_due():
-                    tuned = self._evaluate(BASE if self.step == 0 else f"step-{self.step:06d}", self.step)
-                if self.step == total:
-                    break
-                self._train_step()
-                stopping = not engines.all_agree(not self.stop.requested, self.device)
-                if stopping or self.step == total or (every and self.step % every == 0):
-                    self._checkpoint()
-                if stopping and self.step < total:
-                    self.reporter.say(
-                        f"stopped by {self.stop.name} after step {self.step}; the same command with --resume auto goes on from there"
-                    )
-                    return {"step": self.step, "stopped": True}
+            try:
+                if self.step > 0 and not engines.all_agree(self.held_out.has(BASE), self.device):
+                    with lora.lora_disabled(self.model):  # resumed from another run's checkpoint
+                        self._evaluate(BASE, step=0)
+                while True:
+                    if self._sample_due():
+                        tuned = self._evaluate(BASE if self.step == 0 else f"step-{self.step:06d}", self.step)
+                    if self.step == total:
+                        break
+                    self._train_step()
+                    if self.step == total or (every and self.step % every == 0):
+                        self._checkpoint()
+            except Stopped:
+                self._checkpoint()
+                self.reporter.say(
+                    f"stopped by {self.stop.name} after step {self.step}; the same command goes on from there"
+                )
+                return {"step": self.step, "stopped": True}
         return self._finish(tuned, time.perf_counter() - started)
+
+    def _stop_if_asked(self) -> None:
+        """Collective."""
+        if not engines.all_agree(not self.stop.requested, self.device):
+            raise Stopped
 
     def _sample_due(self) -> bool:
         every = self.settings.sample_every
@@ -182,6 +219,12 @@ class Run:
         set_learning_rate(self.engine, self._learning_rate())
         accumulated, finite, rewards, metrics = False, True, [], {}
         for micro in range(self.settings.gradient_accumulation):
+            try:
+                self._stop_if_asked()  # before every micro-step: a launcher waits half a minute for the end, a step may take longer
+            except Stopped:
+                if accumulated:
+                    discard_gradients(self.engine, self.parameters)
+                raise
             done = micro_step(
                 self.model,
                 self.engine,
@@ -193,7 +236,6 @@ class Run:
                 scale=1 / self.settings.gradient_accumulation,
                 agree=lambda flag: engines.all_agree(flag, self.device),
                 clock=clock,
-                discard=accumulated,
                 cache=self.cache,
             )
             rewards.append(done.reward.float().mean())
@@ -206,11 +248,13 @@ class Run:
                 break
             accumulated = True
         applied, norm = False, math.nan
-        if accumulated:
+        if accumulated and not finite:
+            discard_gradients(self.engine, self.parameters)
+        elif accumulated:
             with clock.phase("optimizer"):
                 self.engine.step()
             applied, norm = self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
-        self._account(finite and applied, norm, torch.stack(rewards).mean(), metrics, clock)
+        self._account(applied, norm, torch.stack(rewards).mean(), metrics, clock)
 
     def _account(
         self, applied: bool, norm: float, reward: torch.Tensor, metrics: dict[str, float], clock: PhaseClock
@@ -244,7 +288,8 @@ class Run:
         if self.bad_in_a_row >= self.settings.max_bad_steps:
             raise TooManyBadSteps(
                 f"max_bad_steps: reward or gradient was not finite in {self.bad_in_a_row} steps in a row, up to step {self.step}; "
-                f"no weight was touched by them. Lower --learning-rate, or go on from an earlier checkpoint in {self.output}"
+                "no weight was touched by them. Lower --learning-rate, and go on from an earlier checkpoint with "
+                f"--resume {self.output / checkpoints.FOLDER}/step-..., or start again with another --output"
             )
 
     def _batch(self, micro: int) -> Batch:
@@ -262,7 +307,7 @@ class Run:
             image=torch.stack([self.pictures.image(i) for i in indices]).to(self.device),
             prompts=[self.pictures.samples[i].prompt for i in indices],
             noise=[indexed_generator(seed, "noise", n) for n in noise],
-            frames=indexed_generator(seed, "frames", first),
+            frames=[indexed_generator(seed, "frames", p) for p in positions],
             # the same on all ranks, which under ZeRO-3 have to run the same number of forwards, and so in all micro-steps
             window=indexed_generator(seed, "window", self.step),
             step=self.step,
@@ -278,7 +323,7 @@ class Run:
         if not self.held_out.clips:
             return {}
         with self.reporter.bar(f"held-out clips, {name}", len(self.held_out.clips)):
-            distances = self.held_out.evaluate(name, self.engine, self._advance)
+            distances = self.held_out.evaluate(name, self.engine, self._after_clip)
         mean = _mean(distances)
         if self.rank == 0:
             self.log.write("held_out", step, vcd=mean, clips=distances)
@@ -313,7 +358,7 @@ class Run:
             updates=self.updates,
             lora=gather_parameters(self.engine, self.parameters),
             moments=gather_moments(self.engine, self.parameters),
-            extra={"bad_in_a_row": self.bad_in_a_row, "data_hash": self.pictures.data_hash},
+            extra={"data_hash": self.pictures.data_hash, "config": self.config.as_dict()},
         )
         self._on_first_rank(lambda: checkpoints.save(self.output, state, self.settings.keep_checkpoints))
 
@@ -363,6 +408,10 @@ class Run:
                 raise failure
             sys.exit(1)
 
+    def _after_clip(self, done: int, total: int) -> None:
+        self._advance(done, total)
+        self._stop_if_asked()
+
     def _advance(self, done: int, total: int) -> None:
         self.reporter.advance(done)
 
@@ -387,6 +436,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
+        if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
+        if not self.requested:
+            self.requested, self.name = True, signal.Signals(number).name

@@ -7,6 +7,12 @@ import sys
 import torch
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Start anew on a GPU; a process's peak resident size cannot be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """GiB: the allocator's peak on a GPU, the process's peak resident size on a CPU (Linux and macOS; 0 elsewhere)."""
     if device.type == "cuda":

@@ -73,6 +73,16 @@ def restore_moments(
         state["step"].fill_(updates)
 
 
+def discard_gradients(engine: deepspeed.DeepSpeedEngine, parameters: Parameters) -> None:
+    """Throw away what earlier backward passes of this optimizer step have accumulated.
+
+    ZeRO keeps gradients where only its own step clears them, and it discards a step whose gradient is not finite: it is given one.
+    """
+    with whole_parameters(engine, parameters):
+        engine.backward(sum((p * float("nan")).sum() for p in parameters.values()), scale_wrt_gas=False)
+    engine.step()
+
+
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, learning_rate: float) -> None:
     for group in _inner_optimizer(engine).param_groups:
         group["lr"] = learning_rate

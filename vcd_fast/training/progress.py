@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import time
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -17,6 +19,7 @@ class Reporter:
         self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
         self._task = None
+        self._first: tuple[int, float] | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -55,5 +58,16 @@ class Reporter:
             self._bar.update(self._task, completed=done)
 
     def step(self, step: int, total: int, values: dict[str, str]) -> None:
-        self.say(f"step {step}/{total}  " + "  ".join(f"{name} {value}" for name, value in values.items()))
+        """The line of a step, with the time left by the pace of the steps since the first line."""
+        now = time.perf_counter()
+        self._first = self._first or (step, now)
+        first, started = self._first
+        left = (
+            f"{datetime.timedelta(seconds=round((now - started) / (step - first) * (total - step)))}"
+            if step > first
+            else "-"
+        )
+        self.say(
+            f"step {step}/{total}  " + "  ".join(f"{name} {value}" for name, value in values.items()) + f"  left {left}"
+        )
         self.advance(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -30,6 +31,7 @@ def write_record(output: Path, config: RunConfig, command: list[str], world_size
     entry = {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
+        "config": config.as_dict(),
         "world_size": world_size,
         "vcd_fast": __version__,
         "commit": _commit(),
@@ -46,13 +48,14 @@ def write_record(output: Path, config: RunConfig, command: list[str], world_size
 
 
 def write_summary(output: Path, summary: dict[str, Any]) -> None:
-    _write(output / "summary.json", json.dumps(summary, indent=1))
+    _write(output / "summary.json", json.dumps(log.json_safe(summary), indent=1, allow_nan=False))
 
 
 def held_out_at(output: Path, step: int) -> dict[str, float]:
     """The held-out distances logged at `step`, by clip; none if no picture is held out."""
     lines = log.read(output / "log.jsonl")
-    return next((line["clips"] for line in lines if line["kind"] == "held_out" and line["step"] == step), {})
+    clips = next((line["clips"] for line in lines if line["kind"] == "held_out" and line["step"] == step), {})
+    return {name: math.nan if value is None else value for name, value in clips.items()}
 
 
 def plot_run(output: Path) -> Path:
@@ -82,8 +85,12 @@ def plot_run(output: Path) -> Path:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _version(package: str) -> str | None:

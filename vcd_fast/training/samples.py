@@ -61,6 +61,7 @@ class HeldOut:
         rank, world = dist.get_rank(), dist.get_world_size()
         rounds = -(-len(self.clips) // world)
         distances = torch.zeros(len(self.clips), dtype=torch.float64)
+        failure: OSError | None = None
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(rounds):
@@ -70,12 +71,20 @@ class HeldOut:
             if index < len(self.clips):
                 image = clip.image[None, :, : video.shape[-2], : video.shape[-1]]  # as in `micro_step`
                 distances[index] = self.reward.score(video, image).double().cpu().item()
-                self._write(folder, clip, video[0].cpu())
+                try:
+                    self._write(folder, clip, video[0].cpu())
+                except OSError as error:  # the other ranks are waiting in a collective; told of it below
+                    failure = error
             if on_clip is not None:
                 on_clip(i + 1, rounds)
-        shared = distances.to(self.model.device)
+        shared = torch.cat([distances, torch.tensor([float(failure is not None)])]).to(self.model.device)
         dist.all_reduce(shared)
-        return {clip.name: value for clip, value in zip(self.clips, shared.tolist(), strict=True)}
+        *values, failures = shared.tolist()
+        if failure is not None:
+            raise failure
+        if failures:
+            raise SystemExit(1)
+        return {clip.name: value for clip, value in zip(self.clips, values, strict=True)}
 
     def _generate(self, clip: HeldOutClip, forward: Callable[..., object]) -> Tensor:
         generator = torch.Generator().manual_seed(clip.noise_seed)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Batch:
     prompts: list[str]
     noise: Sequence[torch.Generator]
     """one per clip"""
-    frames: torch.Generator
-    """draws the frames that are judged"""
+    frames: Sequence[torch.Generator]
+    """one per clip; draws the frames that are judged"""
     window: torch.Generator
     """draws the steps that carry gradients"""
     step: int
@@ -78,7 +78,6 @@ def micro_step(
     scale: float,
     agree: Callable[[bool], bool],
     clock: PhaseClock,
-    discard: bool = False,
     cache: StepCache | None = None,
 ) -> MicroStep:
     """Accumulate d(-scale * mean reward)/d(LoRA) of one batch.
@@ -88,21 +87,49 @@ def micro_step(
         backward: the training engine's backward; called with scalars, one after another.
         scale: 1 / (micro-steps per optimizer step).
         agree: collective; true if its argument is true on all ranks.
-        discard: earlier micro-steps of this optimizer step have already left gradients. A batch that is not finite then sends NaN
-            through the backward, on all ranks: the engine discards a step with such a gradient whole.
         cache: skips steps of the rollout; how many were computed is then a metric.
     """
-    settings = model.settings
     with clock.phase("rollout"):
         state = model.initial(batch.condition, batch.noise)
         rollout = run(
             model, batch.condition, state, schedule, plan, forward=forward, generator=batch.window, cache=cache
         )
 
-    latents = rollout.latents.detach().requires_grad_(True)
-    frame_index = reward.frames_wanted(settings.num_frames, batch.frames)
+    clips = range(batch.image.shape[0])
+    judged = [_judge(model, reward, batch, rollout.latents, clip, scale / len(clips), clock) for clip in clips]
+    values = torch.cat([clip.reward for clip in judged])
+    gradient = torch.cat([clip.gradient for clip in judged])
+    metrics = {name: sum(clip.metrics[name] for clip in judged) / len(judged) for name in judged[0].metrics}
+    if cache is not None:
+        metrics["computed_steps"] = float(sum(rollout.computed))
+    finite = agree(bool(torch.isfinite(values).all()) and bool(torch.isfinite(gradient).all()))
+    if not finite:
+        rollout.close()
+        return MicroStep(values, metrics, False)
+    with clock.phase("backward"):
+        for surrogate in rollout.surrogates(gradient):
+            backward(surrogate)
+    rollout.close()
+    return MicroStep(values, metrics, True)
+
+
+class _Judged(NamedTuple):
+    reward: Tensor
+    """[1]"""
+    gradient: Tensor
+    """of -scale * reward with respect to the clip's latents"""
+    metrics: dict[str, float]
+
+
+def _judge(
+    model: I2VModel, reward: Reward, batch: Batch, latents: Tensor, clip: int, scale: float, clock: PhaseClock
+) -> _Judged:
+    """One clip at a time: its frames are its own, whatever batch it is in, and decoded videos do not add up in memory."""
+    settings = model.settings
+    leaf = latents[clip : clip + 1].detach().requires_grad_(True)
+    frame_index = reward.frames_wanted(settings.num_frames, batch.frames[clip])
     with clock.phase("decode"):
-        video = model.decode(latents, frame_index.tolist())
+        video = model.decode(leaf, frame_index.tolist())
     with clock.phase("reward"):
         pixels = video.detach().requires_grad_(True)
         output = reward(
@@ -111,29 +138,14 @@ def micro_step(
                 frame_index=frame_index,
                 num_frames=settings.num_frames,
                 # a model may decode less than was asked for (Open-Sora 272 of 276 rows): cropped, pixels stay where they are
-                image=batch.image[..., : video.shape[-2], : video.shape[-1]],
-                prompt=batch.prompts,
+                image=batch.image[clip : clip + 1, :, : video.shape[-2], : video.shape[-1]],
+                prompt=[batch.prompts[clip]],
                 fps=settings.fps,
                 step=batch.step,
-                generator=batch.frames,
+                generator=batch.frames[clip],
             )
         )
-        (pixel_gradient,) = torch.autograd.grad(-output.reward.mean() * scale, pixels)
+        (pixel_gradient,) = torch.autograd.grad(-output.reward.sum() * scale, pixels)
     with clock.phase("decode"):
-        (gradient,) = torch.autograd.grad(video, latents, pixel_gradient)
-    del video, pixels, pixel_gradient
-
-    values, metrics = output.reward.detach(), output.metrics
-    if cache is not None:
-        metrics = {**metrics, "computed_steps": float(sum(rollout.computed))}
-    finite = agree(bool(torch.isfinite(values).all()) and bool(torch.isfinite(gradient).all()))
-    if not finite and not discard:
-        rollout.close()
-        return MicroStep(values, metrics, False)
-    if not finite:
-        gradient = torch.full_like(gradient, float("nan"))
-    with clock.phase("backward"):
-        for surrogate in rollout.surrogates(gradient):
-            backward(surrogate)
-    rollout.close()
-    return MicroStep(values, metrics, finite)
+        (gradient,) = torch.autograd.grad(video, leaf, pixel_gradient)
+    return _Judged(output.reward.detach(), gradient, output.metrics)

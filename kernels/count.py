@@ -26,6 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config as configs
+from .count_bins import MINUS, PLUS, STRADDLES, side_sign, singles_before_bin
+from .count_straddle import straddle_kernel
+from .count_target import count_target_kernel
 from .half_list import (
     EVEN,
     ODD,
@@ -33,18 +36,12 @@ from .half_list import (
     pairs_below_single,
     single,
     single_position,
-    singles_below,
     target_at,
     target_row,
 )
 from .launch import architecture, checked_rows, guard, tiles
-from .merge import merge_tile, merged_runs, tile_sort_kernel
-from .ordering import bin_of, pack, to_key, word_low, word_value
-
-# What is known about a bin, as bits: the sign is +1 (bit 0: of the values, or of the positive copies; bit 1: of the negative copies).
-PLUS = tl.constexpr(1)
-MINUS = tl.constexpr(2)
-STRADDLES = tl.constexpr(4)
+from .merge import merged_runs, tile_sort_kernel
+from .ordering import bin_of, pack, to_key
 
 
 @triton.jit
@@ -61,38 +58,22 @@ def count_kernel(
     if FORM == ODD:
         u = tl.abs(u)
     b = bin_of(u, tl.load(scale_ptr + target), FORM == ODD, LOG_BINS)
-    tl.atomic_add(count_ptr + (row << LOG_BINS) + b, tl.full((BLOCK,), 1, tl.int32), mask=o < m)
-    for q in tl.static_range(S):
-        t = tl.load(v_ptr + source * pitch + m + q)
-        below = tl.sum(((u <= t) & (o < m)).to(tl.int32), 0)
-        if FORM == ODD:
-            below -= tl.sum(((u < -t) & (o < m)).to(tl.int32), 0)
-        tl.atomic_add(rank_ptr + row * 4 + q, below)
-
-
-@triton.jit
-def singles_before_bin(
-    b, scale, t0, t1, t2, t3, FORM: tl.constexpr, S: tl.constexpr, LOG_BINS: tl.constexpr, NEGATIVE: tl.constexpr
-):
-    """Single values before bin b on the way from -inf to inf, and those in it; NEGATIVE: b is a bin of negative copies (ODD only)."""
-    before = tl.zeros_like(b)
-    inside = tl.zeros_like(b)
-    for q in tl.static_range(S):
-        t = single(q, t0, t1, t2, t3)
-        if FORM == ODD:
-            k = bin_of(tl.abs(t), scale, True, LOG_BINS)
-            minus = (t < 0.0).to(tl.int32)
-            if NEGATIVE:
-                before += minus * (k > b).to(tl.int32)
-                inside += minus * (k == b).to(tl.int32)
-            else:
-                before += tl.maximum(minus, (k < b).to(tl.int32))
-                inside += (1 - minus) * (k == b).to(tl.int32)
-        else:
-            k = bin_of(t, scale, False, LOG_BINS)
-            before += (k < b).to(tl.int32)
-            inside += (k == b).to(tl.int32)
-    return before, inside
+    tl.atomic_add(count_ptr + (row << LOG_BINS) + b, tl.full((BLOCK,), 1, tl.int32), mask=o < m, sem="relaxed")
+    if S > 0:
+        # One reduction for all single values: 16 bits each. ODD: [u <= t] - [u < -t], one more so that it is not negative.
+        tl.static_assert(BLOCK <= 16384)
+        words = tl.zeros((BLOCK,), tl.int64)
+        for q in tl.static_range(S):
+            t = tl.load(v_ptr + source * pitch + m + q)
+            below = (u <= t).to(tl.int64)
+            if FORM == ODD:
+                below += 1 - (u < -t).to(tl.int64)
+            words |= below << (16 * q)
+        total = tl.sum(tl.where(o < m, words, 0), 0)
+        more = tl.minimum(m - tl.program_id(1) * BLOCK, BLOCK) if FORM == ODD else 0
+        for q in tl.static_range(S):
+            below = ((total >> (16 * q)) & 0xFFFF).to(tl.int32) - more
+            tl.atomic_add(rank_ptr + row * 4 + q, below, sem="relaxed")
 
 
 @triton.jit
@@ -145,12 +126,6 @@ def side_kernel(
 
 
 @triton.jit
-def side_sign(code, BIT: tl.constexpr):
-    """+1 or -1 out of the code of a decided bin."""
-    return tl.where((code & BIT) != 0, 1, -1)
-
-
-@triton.jit
 def count_sign_kernel(
     v_ptr, scale_ptr, code_ptr, rank_ptr, w_ptr, own_ptr, place_ptr, sign_ptr, word_ptr, length_ptr, part_ptr,
     m, pitch, directions, frames, all_directions, first_direction,
@@ -186,7 +161,7 @@ def count_sign_kernel(
     waiting = open_.to(tl.int32)
     found = tl.sum(waiting, 0)
     if found > 0:
-        start = tl.atomic_add(length_ptr + row, found)
+        start = tl.atomic_add(length_ptr + row, found, sem="relaxed")
         at = start + tl.cumsum(waiting, 0) - waiting
         tl.store(word_ptr + row * m + at, pack(to_key(u), 2 * o + negative.to(tl.int32)), mask=open_)
     if tile == 0:
@@ -199,194 +174,6 @@ def count_sign_kernel(
             total += tl.abs(e)
             tl.store(sign_ptr + row * pitch + m + q, ((e > 0.0).to(tl.int32) - (e < 0.0).to(tl.int32)).to(tl.int8))
     tl.store(part_ptr + row * tl.num_programs(1) + tile, total)
-
-
-@triton.jit
-def target_sign(
-    p, b, code, first, count, scale, x0, x1, x2, x3, p0, p1, p2, p3, m,
-    FORM: tl.constexpr, S: tl.constexpr, LOG_BINS: tl.constexpr, NEGATIVE: tl.constexpr,
-):  # fmt: skip
-    """Sign s at rank p of a target value in bin b, or 0 where its partner accounts for the pair (see the module's text)."""
-    before, inside = singles_before_bin(b, scale, x0, x1, x2, x3, FORM, S, LOG_BINS, NEGATIVE)
-    if NEGATIVE:
-        start = m - first - count + before
-        s = side_sign(code, MINUS)
-    else:
-        s = side_sign(code, PLUS)
-        if FORM == ODD:
-            start = m + first + before
-        elif FORM == EVEN:
-            start = 2 * first + before
-        else:
-            start = first
-    end = start + (2 if FORM == EVEN else 1) * count + inside
-    s = tl.where(code == STRADDLES, tl.where(p < start, -1, tl.where(p >= end, 1, 0)), s)
-    for q in tl.static_range(S):
-        s = tl.where(p == single(q, p0, p1, p2, p3), 0, s)
-    return s
-
-
-@triton.jit
-def count_target_kernel(
-    w_ptr, own_ptr, place_ptr, v_ptr, scale_ptr, code_ptr, first_ptr, count_ptr, rank_ptr, part_ptr,
-    m, pitch, directions, frames, all_directions, first_direction,
-    FORM: tl.constexpr, S: tl.constexpr, LOG_BINS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (rows, tiles): the target's share of the cost [rows, tiles], -sum of s·y."""
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    i = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = i < m
-    target = target_row(row, directions, frames, all_directions, first_direction)
-    scale = tl.load(scale_ptr + target)
-    x0, x1, x2, x3 = load_singles(v_ptr + row * pitch + m, S)
-    y0, y1, y2, y3 = load_singles(own_ptr + target * S, S)
-    p0, p1, p2, p3 = 0, 0, 0, 0
-    if S > 0:
-        p0 = single_position(0, pairs_below_single(tl.load(rank_ptr + row * 4), 0, m, FORM), x0, x1, x2, x3, S)
-    if S > 1:
-        p1 = single_position(1, pairs_below_single(tl.load(rank_ptr + row * 4 + 1), 0, m, FORM), x0, x1, x2, x3, S)
-    if S > 2:
-        p2 = single_position(2, pairs_below_single(tl.load(rank_ptr + row * 4 + 2), 0, m, FORM), x0, x1, x2, x3, S)
-        p3 = single_position(3, pairs_below_single(tl.load(rank_ptr + row * 4 + 3), 0, m, FORM), x0, x1, x2, x3, S)
-    w = tl.load(w_ptr + target * m + i, mask=inside, other=0.0)
-    b = bin_of(w, scale, FORM == ODD, LOG_BINS)
-    at = (row << LOG_BINS) + b
-    code = tl.load(code_ptr + at, mask=inside, other=0).to(tl.int32)
-    open_ = inside & (code == STRADDLES)
-    first = tl.load(first_ptr + at, mask=open_, other=0)
-    count = tl.load(count_ptr + at, mask=open_, other=0)
-    if FORM == ODD:
-        p = m + i + singles_below(w, y0, y1, y2, y3, S)
-        s = target_sign(p, b, code, first, count, scale, x0, x1, x2, x3, p0, p1, p2, p3, m, FORM, S, LOG_BINS, False)
-        p = m - 1 - i + singles_below(-w, y0, y1, y2, y3, S)
-        s -= target_sign(p, b, code, first, count, scale, x0, x1, x2, x3, p0, p1, p2, p3, m, FORM, S, LOG_BINS, True)
-    elif FORM == EVEN:
-        p = 2 * i + singles_below(w, y0, y1, y2, y3, S)
-        s = target_sign(p, b, code, first, count, scale, x0, x1, x2, x3, p0, p1, p2, p3, m, FORM, S, LOG_BINS, False)
-        p += 1
-        s += target_sign(p, b, code, first, count, scale, x0, x1, x2, x3, p0, p1, p2, p3, m, FORM, S, LOG_BINS, False)
-    else:
-        s = target_sign(i, b, code, first, count, scale, x0, x1, x2, x3, p0, p1, p2, p3, m, FORM, S, LOG_BINS, False)
-    # a target value with s = 0 must not count even if it is infinite; a NaN must
-    use = inside & ((s != 0) | (w != w))
-    total = -tl.sum(tl.where(use, s.to(tl.float64) * w.to(tl.float64), 0.0), 0)
-    if tile == 0:
-        for q in tl.static_range(S):
-            t = single(q, y0, y1, y2, y3)
-            here = tl.load(place_ptr + target * S + q)
-            if FORM == ODD:
-                bin_t = bin_of(tl.abs(t), scale, True, LOG_BINS)
-            else:
-                bin_t = bin_of(t, scale, False, LOG_BINS)
-            at_t = (row << LOG_BINS) + bin_t
-            code_t = tl.load(code_ptr + at_t).to(tl.int32)
-            first_t = tl.load(first_ptr + at_t, mask=code_t == STRADDLES, other=0)
-            count_t = tl.load(count_ptr + at_t)
-            s_t = target_sign(
-                here,
-                bin_t,
-                code_t,
-                first_t,
-                count_t,
-                scale,
-                x0,
-                x1,
-                x2,
-                x3,
-                p0,
-                p1,
-                p2,
-                p3,
-                m,
-                FORM,
-                S,
-                LOG_BINS,
-                False,
-            )
-            if FORM == ODD:
-                minus = target_sign(
-                    here,
-                    bin_t,
-                    code_t,
-                    first_t,
-                    count_t,
-                    scale,
-                    x0,
-                    x1,
-                    x2,
-                    x3,
-                    p0,
-                    p1,
-                    p2,
-                    p3,
-                    m,
-                    FORM,
-                    S,
-                    LOG_BINS,
-                    True,
-                )
-                s_t = tl.where(t < 0.0, minus, s_t)
-            total -= tl.where((s_t != 0) | (t != t), s_t.to(tl.float64) * t.to(tl.float64), 0.0)
-    tl.store(part_ptr + row * tl.num_programs(1) + tile, total)
-
-
-@triton.jit
-def pair_or_single(x, p, b, negative_x, w_row, own_row, place_row, m, scale, mask, FORM: tl.constexpr, S: tl.constexpr, LOG_BINS: tl.constexpr):  # fmt: skip
-    """An ordered value x at rank p, in bin b -> its share of the cost (with its partner's if that is in the same bin) and its sign."""
-    y, negative_y = target_at(p, w_row, own_row, place_row, m, mask, FORM, S)
-    magnitude = y
-    if FORM == ODD:
-        magnitude = tl.abs(y)
-    same = (bin_of(magnitude, scale, FORM == ODD, LOG_BINS) == b) & (negative_x == negative_y)
-    s = (x > y).to(tl.int32) - (x < y).to(tl.int32)
-    x64 = x.to(tl.float64)
-    share = tl.where(same, tl.abs(x64 - y.to(tl.float64)), s.to(tl.float64) * x64)
-    return share, s
-
-
-@triton.jit
-def straddle_kernel(
-    word_ptr, length_ptr, v_ptr, scale_ptr, decided_ptr, w_ptr, own_ptr, place_ptr, sign_ptr, part_ptr,
-    m, run, pitch, directions, frames, all_directions, first_direction,
-    FORM: tl.constexpr, S: tl.constexpr, LOG_BINS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (rows, tiles): last merge of the words that straddle -> their signs [rows, pitch] and share of the cost [rows, tiles]."""
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK
-    n = tl.load(length_ptr + row)
-    total = tl.full((), 0.0, tl.float64)
-    if start < n:
-        target = target_row(row, directions, frames, all_directions, first_direction)
-        w_row, own_row, place_row = w_ptr + target * m, own_ptr + target * S, place_ptr + target * S
-        scale = tl.load(scale_ptr + target)
-        t0, t1, t2, t3 = load_singles(v_ptr + row * pitch + m, S)
-        r = start + tl.arange(0, BLOCK)
-        inside = r < n
-        word = merge_tile(word_ptr + row * m, n, run, start, BLOCK)
-        u, low = word_value(word), word_low(word)
-        b = bin_of(u, scale, FORM == ODD, LOG_BINS)
-        i = r + tl.load(decided_ptr + (row << LOG_BINS) + b, mask=inside, other=0)
-        no = r < 0
-        if FORM == ODD:
-            p = m + i + singles_below(u, t0, t1, t2, t3, S)
-            share, slope = pair_or_single(u, p, b, no, w_row, own_row, place_row, m, scale, inside, FORM, S, LOG_BINS)
-            p = m - 1 - i + singles_below(-u, t0, t1, t2, t3, S)
-            more, s = pair_or_single(-u, p, b, r >= 0, w_row, own_row, place_row, m, scale, inside, FORM, S, LOG_BINS)
-            share += more
-            slope -= s
-            slope = tl.where((low & 1) == 1, -slope, slope)
-        elif FORM == EVEN:
-            p = 2 * i + singles_below(u, t0, t1, t2, t3, S)
-            share, slope = pair_or_single(u, p, b, no, w_row, own_row, place_row, m, scale, inside, FORM, S, LOG_BINS)
-            more, s = pair_or_single(u, p + 1, b, no, w_row, own_row, place_row, m, scale, inside, FORM, S, LOG_BINS)
-            share += more
-            slope += s
-        else:
-            share, slope = pair_or_single(u, i, b, no, w_row, own_row, place_row, m, scale, inside, FORM, S, LOG_BINS)
-        tl.store(sign_ptr + row * pitch + (low >> 1), slope.to(tl.int8), mask=inside)
-        total += tl.sum(tl.where(inside, share, 0.0), 0)
-    tl.store(part_ptr + row * tl.num_programs(1) + tl.program_id(1), total)
 
 
 def bin_scale(representatives: Tensor, form: int, log_bins: int) -> Tensor:

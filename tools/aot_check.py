@@ -175,11 +175,12 @@ def cases(target: str) -> list[Case]:
             ),
         ):
             extra = {"OF_TARGET": False} if kernel == "count_kernel" else {}
+            module = "count_target" if kernel == "count_target_kernel" else "count"
             constants = {**binned, **extra, "BLOCK": c.block}
             found.append(
                 Case(
                     f"{kernel.removesuffix('_kernel')} {label}",
-                    "count",
+                    module,
                     kernel,
                     f"{pointers}, {tail}",
                     constants,
@@ -199,7 +200,7 @@ def cases(target: str) -> list[Case]:
         found.append(
             Case(
                 f"straddle {label}",
-                "count",
+                "count_straddle",
                 "straddle_kernel",
                 "*i64:16, *i32:16, *fp32:16, *fp32:16, *i32:16, *fp32:16, *fp32:16, *i32:16, *i8:16, *fp64:16, "
                 f"i32, i32:16, i32:16, {layout}",

@@ -65,6 +65,9 @@ def test_a_run_with_the_cache(vcd, calibrated, pictures, tmp_path):
     ):
         describe(compose("wan", "tiny", yaml.safe_load(CONFIG), data))
     cache = {"rollout": {"cache_coefficients": str(calibrated), "cache_threshold": 0.9}}
+    sharded = {"rollout": {"checkpointing": "both"}, "training": {"zero": 3}}
+    with pytest.raises(ValueError, match=r"rollout\.checkpointing: .* ZeRO stage 3 expected block or none, got both"):
+        describe(compose("wan", "tiny", yaml.safe_load(CONFIG), data, cache, sharded))
     rows = describe(compose("wan", "tiny", yaml.safe_load(CONFIG), data, cache)).splitlines()
     plan = next(row for row in rows if row.startswith("step cache")).split(maxsplit=2)[2]
     steps = plan.partition(":")[0]

@@ -47,9 +47,19 @@ def timesteps_of(model: I2VModel, sampling_steps: int) -> list[float]:
     return [step.timestep for step in model.schedule(sampling_steps, size.height, size.width, size.num_frames)]
 
 
-def check_step_cache(model: I2VModel, settings: RolloutSettings) -> None:
-    """Raise what `build_step_cache` would, but for a model on the meta device."""
+def check_step_cache(model: I2VModel, settings: RolloutSettings, sharded: bool = False) -> None:
+    """Raise what `build_step_cache` would, but for a model on the meta device.
+
+    Args:
+        sharded: the weights are, over ranks (ZeRO-3). When whole steps are recomputed, PyTorch compares the tensors it saves with those of
+            the first time. ZeRO-3 foresees which weights are needed next; skipped steps upset that, and then the saved shapes differ.
+    """
     if settings.step_cache != "none":
+        if sharded and settings.plan().checkpoint_steps:
+            raise ValueError(
+                f"rollout.checkpointing: with step_cache={settings.step_cache} and ZeRO stage 3 expected block or none, got "
+                f"{settings.checkpointing}; `step` and `both` work with the cache at ZeRO stages 0 to 2"
+            )
         _config(settings).rule(model.transformer, model.settings.weights)
 
 

@@ -33,7 +33,7 @@ def weights(two_ranks, one_rank, small_pictures, tmp_path_factory):
     for stage, checkpointing in CACHED_STAGES.items():
         rollout = {**cached["rollout"], "checkpointing": checkpointing}
         cases[f"zero{stage}-cached"] = {"rollout": rollout, "training": {"zero": stage}}
-    reference = {"plain": {}, "spaced": {"rollout": {"backprop": "spaced:2"}}, "cached": cached}
+    reference = {"plain": {}, "batch": {}, "spaced": {"rollout": {"backprop": "spaced:2"}}, "cached": cached}
     single = one_rank("zero_worker.py", str(folder), str(small_pictures), json.dumps(reference))
     double = two_ranks("zero_worker.py", str(folder), str(small_pictures), json.dumps(cases))
     return single, double
@@ -60,6 +60,11 @@ def test_several_backward_passes_per_step(weights, case):
 def test_a_step_cache(weights, stage):
     single, double = weights
     assert largest_difference(single["cached"], double[f"zero{stage}-cached"]) < 1e-6
+
+
+def test_a_batch_of_two_is_two_micro_steps_is_two_ranks(weights):
+    single, _ = weights
+    assert largest_difference(single["plain"], single["batch"]) < 1e-6
 
 
 def test_the_comparison_can_fail(weights):

@@ -55,7 +55,8 @@ def test_a_healthy_machine(vcd, tmp_path):
 
 
 def test_missing_weights_are_a_problem_with_a_command(vcd, tmp_path):
-    words = ("doctor", "--model", "opensora", "--preset", "240p", "--no-collective", "--json", tmp_path / "doctor.json")
+    """Where nothing is named, those of the paper are looked for."""
+    words = ("doctor", "--model", "opensora", "--no-collective", "--json", tmp_path / "doctor.json")
     code, out, _ = vcd(*words, HF_HOME=str(tmp_path / "hf"))
     assert code == 1
     assert "missing: vae (hpcai-tech/OpenSora-VAE-v1.2), 1.6 GB" in out

@@ -77,10 +77,15 @@ def test_schedule_is_a_sequence_of_steps():
 def test_families():
     with pytest.raises(ValueError, match="model: expected one of wan, opensora, got 'sora'"):
         family("sora")
-    wan = family("wan")
-    assert issubclass(wan.ModelSettings, BaseModelSettings)
-    assert "default" in wan.LORA_TARGETS
-    assert callable(wan.load_encoder)
-    assert callable(wan.load_model)
-    assert not hasattr(wan, "something_else")
     assert set(FAMILIES) == {"wan", "opensora"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_offers_the_same(name):
+    package = family(name)
+    for function in (package.load_encoder, package.load_model, package.load_meta, package.missing_weights):
+        assert callable(function)
+    assert issubclass(package.ModelSettings, BaseModelSettings)
+    assert "default" in package.LORA_TARGETS
+    assert package.DEFAULT_PRESET != "tiny"
+    assert not hasattr(package, "something_else")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from vcd_fast.config import compose
+from vcd_fast.config import compose, parse
 from vcd_fast.media import read_video
 from vcd_fast.models.lora import read_lora
 from vcd_fast.models.opensora import load_vader
@@ -95,6 +95,33 @@ def test_overfitting_lowers_the_distance(training, small_pictures, tmp_path):
     assert (summary["updates"], summary["skipped"]) == (60, 0)
     (before,), (after,) = summary["held_out_vcd_before"].values(), summary["held_out_vcd_after"].values()
     assert after < 0.98 * before
+
+
+class TestMistakes:
+    """Said before anything is downloaded or loaded."""
+
+    def test_no_weights(self, training, small_pictures, tmp_path):
+        words = ("--model", "opensora", "--pictures", small_pictures, "--output", tmp_path / "run")
+        code, _, err = training(*words, VCD_FAST_VGG19="", HF_HOME=str(tmp_path), TORCH_HOME=str(tmp_path))
+        assert code == 1
+        assert "error: model.weights: expected a folder or hub name of Open-Sora 1.2's transformer" in err
+        assert "The presets are --preset 240p and --preset tiny" in err
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("--num-frames 50", "expected a multiple of 17, what the VAE was trained with; the nearest are 34 and 51"),
+            ("--height 8", "model.height: input should be greater than or equal to 16"),
+            ("--height 144 --width 160", "choose a smaller height and width, or set enlarge"),
+            ("--width 64 --weights . --vae-weights ./nowhere", "model.vae_weights: no such folder: ./nowhere"),
+        ],
+    )
+    def test_others(self, words, message, small_pictures, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises((ValueError, OSError), match=message):
+            describe(parse([*TINY, "--pictures", str(small_pictures), *words.split()], "train")[0])
 
 
 class TestVerbs:

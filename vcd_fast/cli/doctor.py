@@ -20,7 +20,9 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="model family whose weights are looked for: wan or opensora")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="named settings of the family, e.g. tiny")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="named settings of the family, e.g. tiny; default: the paper's")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="folder or hub name of the weights")] = None,
     collective: Annotated[bool, typer.Option(help="start two processes and let them exchange a tensor")] = True,
     json: Annotated[Path | None, typer.Option("--json", help="write every finding to this file")] = None,
@@ -77,8 +79,11 @@ def _settings(model: str, preset: str | None, weights: str | None) -> BaseModel 
     """The section `model` of a run; None where a package is missing to read it, which `check_versions` reports."""
     try:
         from vcd_fast.config import compose_sections
+        from vcd_fast.models.base import family
     except ImportError:
         return None
+    if preset is None and weights is None:
+        preset = family(model).DEFAULT_PRESET
     overlay = {"model": {"weights": weights} if weights is not None else {}}
     return compose_sections(model, preset, ("model",), overlay)["model"]
 

@@ -93,6 +93,7 @@ class Run:
 
         # What can be wrong is found before anything large is loaded or written.
         size = config.model.height, config.model.width
+        family(config.family).missing_weights(config.model)  # raises where they are named wrongly or not at all
         self.pictures = PictureFolder(config.data, *size)
         resumed = checkpoints.choose(self.output, self.settings.resume)
         changes = checkpoints.changes(resumed, config.as_dict()) if resumed is not None else []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vcd_fast.models.opensora.settings import ModelSettings
+from vcd_fast.models.opensora.settings import DEFAULT_PRESET, ModelSettings
 from vcd_fast.models.opensora.targets import LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vcd_fast.models.opensora.meta import load_meta
 
 __all__ = [
+    "DEFAULT_PRESET",
     "LORA_FORMATS",
     "LORA_TARGETS",
     "ModelSettings",

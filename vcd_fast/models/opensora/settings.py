@@ -9,6 +9,9 @@ from pydantic import Field, field_validator
 from vcd_fast.models.base import BaseModelSettings
 from vcd_fast.models.opensora.conditioning import parse_strategy
 
+DEFAULT_PRESET = "240p"
+"""the setting of arXiv 2510.19193, with published weights"""
+
 TINY = "tiny-random"
 TRANSFORMER = "hpcai-tech/OpenSora-STDiT-v3"
 VAE = "hpcai-tech/OpenSora-VAE-v1.2"

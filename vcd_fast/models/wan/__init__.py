@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vcd_fast.models.wan.lora_keys import comfy_module_name, model_module_name
-from vcd_fast.models.wan.settings import ModelSettings
+from vcd_fast.models.wan.settings import DEFAULT_PRESET, ModelSettings
 from vcd_fast.models.wan.targets import LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vcd_fast.models.wan.time_embedding import fill_time_embedding
 
 __all__ = [
+    "DEFAULT_PRESET",
     "LORA_TARGETS",
     "ModelSettings",
     "comfy_module_name",

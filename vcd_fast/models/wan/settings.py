@@ -8,6 +8,9 @@ from pydantic import Field, field_validator
 
 from vcd_fast.models.base import BaseModelSettings
 
+DEFAULT_PRESET = "1.3b"
+"""the setting of arXiv 2510.19193, with published weights"""
+
 TINY = "tiny-random"
 TINY_WITHOUT_IMAGE_ENCODER = "tiny-random-no-image-encoder"
 TINY_NAMES = (TINY, TINY_WITHOUT_IMAGE_ENCODER)

@@ -51,12 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
             lines, fine = say_targets(machines)
             print("\n".join(lines))
             return 0 if fine else 1
-        for results in machines:
-            for path in plots.draw(results, chosen.output):
-                print(path)
         if chosen.readme:
             table.write(chosen.readme, machines)
             print(chosen.readme)
+        for results in machines:
+            for path in plots.draw(results, chosen.output):
+                print(path)
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2

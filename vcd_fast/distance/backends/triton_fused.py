@@ -25,6 +25,8 @@ PRECISION_VARIABLE = "VCD_FAST_TRITON_PRECISION"
 METHOD_VARIABLE = "VCD_FAST_TRITON_METHOD"
 CHUNK_VALUES = 1 << 22
 """projected values of one part held at a time; with the scratch of a long row's comparison, up to about 40 bytes each"""
+MOST_SAMPLES = 1 << 15
+"""samples compared at a time; the third dimension of a grid ends at 65535"""
 OLDEST_TRITON = (3, 4)
 FORMS = ("whole", "even", "odd")
 """in the numbering of `kernels.half_list`"""
@@ -191,7 +193,7 @@ def _fixed_part(representatives: Tensor, own: Tensor, form: int, phase: bool, we
 
 def _groups(samples: int, targets: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Samples that are compared at once, and the targets they belong to; `size` values a sample."""
-    frames, most = samples // targets, max(1, CHUNK_VALUES // size)
+    frames, most = samples // targets, min(MOST_SAMPLES, max(1, CHUNK_VALUES // max(1, size)))
     if most >= frames:
         several = most // frames
         for first in range(0, targets, several):

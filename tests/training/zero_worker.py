@@ -26,7 +26,8 @@ SMALL = {
     "training": {
         "device": "cpu",
         "max_train_steps": 3,
-        "adam_epsilon": 1e-5,
+        "learning_rate": 2e-4,
+        "adam_epsilon": 1e-3,
         "sample_every": 0,
         "checkpoint_every": 0,
         "sample_pictures": 1,

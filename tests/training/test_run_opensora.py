@@ -84,6 +84,7 @@ class TestWhatARunLeaves:
             assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.r"] == 2
 
 
+@pytest.mark.slow
 def test_overfitting_lowers_the_distance(training, small_pictures, tmp_path):
     """One picture, one noise, 60 steps of the gradient through the last sampling step; uphill they raise it by 5 %."""
     words = [*TINY, "--pictures", small_pictures, "--overfit", "--height", 32, "--width", 32]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vcd_fast.distance.config import VCD_LAYERS
+from vcd_fast.frozen_conv import frozen_conv
 from vcd_fast.weights import WeightFile, load_vgg19
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -78,7 +79,7 @@ class VGG19Features(nn.Module):
                 if name.startswith("conv"):
                     modules.append(nn.Conv2d(fan_in, fan_out, 3, padding=1))
                 else:
-                    modules.append(nn.ReLU() if name.startswith("relu") else nn.MaxPool2d(2, 2))
+                    modules.append(nn.ReLU(inplace=True) if name.startswith("relu") else nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*modules)
         shapes = {key: value.shape for key, value in self.state_dict().items()}
         state, self.weight_file = load_vgg19(weights, shapes)
@@ -92,7 +93,7 @@ class VGG19Features(nn.Module):
         x = (images - mean) / std
         found = {}
         for name, module in zip(self.names, self.features, strict=True):
-            x = module(x)
+            x = frozen_conv(x, module.weight, module.bias, padding=(1,)) if isinstance(module, nn.Conv2d) else module(x)
             if name in self.layers:
                 found[name] = x
         return found

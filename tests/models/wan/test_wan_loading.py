@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vcd_fast.models.base import family
-from vcd_fast.models.wan import load_encoder, load_meta, load_model, missing_weights
+from vcd_fast.models.wan import fill_time_embedding, load_encoder, load_meta, load_model, missing_weights
 from vcd_fast.models.wan.loading import TRANSFORMER_SIZES
 
 PARTS = ["transformer", "vae", "tokenizer", "text_encoder", "image_encoder", "image_processor"]
@@ -119,6 +119,31 @@ def test_the_meta_model_needs_one_configuration(settings, pipeline_folder, tmp_p
         load_meta(settings(weights="some-one/other"))
     with pytest.raises(ValueError, match=r"model\.weights: expected a folder or hub name"):
         load_meta(settings(weights=None))
+
+
+@pytest.mark.parametrize("where", ["folder", "cache"])
+def test_the_time_embedding_is_read_alone(settings, folder, tmp_path, offline, make_model, where):
+    weights = str(folder)
+    if where == "cache":
+        cached(folder, tmp_path, "some-one/wan")
+        weights = "some-one/wan"
+    transformer = load_meta(settings(weights=weights)).transformer
+    assert fill_time_embedding(transformer, settings(weights=weights))
+    wanted = make_model(weights=weights).transformer.condition_embedder
+    filled = transformer.condition_embedder
+    assert torch.equal(filled.time_proj.weight, wanted.time_proj.weight.float())
+    timestep = torch.tensor([[0.5] * 256])
+    assert torch.equal(filled.time_embedder(timestep), wanted.time_embedder(timestep))
+    assert filled.text_embedder.linear_1.weight.is_meta, "nothing else is"
+
+
+def test_a_time_embedding_that_is_not_here(settings, folder, tmp_path, offline):
+    transformer = load_meta(settings()).transformer
+    assert not fill_time_embedding(transformer, settings(weights="some-one/other"))
+    for path in (folder / "transformer").glob("*.safetensors"):
+        path.unlink()
+    assert not fill_time_embedding(transformer, settings(weights=str(folder)))
+    assert all(value.is_meta for value in transformer.state_dict().values())
 
 
 def test_the_family_offers_it():

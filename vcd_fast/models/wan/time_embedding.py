@@ -7,7 +7,9 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import nn
 
+from vcd_fast.models.hub import cached_snapshot
 from vcd_fast.models.wan import tiny
+from vcd_fast.models.wan.loading import folder_of
 from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings
 
 PREFIXES = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.")
@@ -20,34 +22,21 @@ def fill_time_embedding(transformer: nn.Module, settings: ModelSettings) -> bool
 
     Returns:
         whether the weights are here.
+
+    Raises:
+        ValueError, FileNotFoundError: no weights were named, or a folder that is not there.
     """
     wanted = {name for name in transformer.state_dict() if name.startswith(PREFIXES)}
     if settings.weights in TINY_NAMES:
         found = tiny.tiny_transformer(image_encoder=settings.weights == TINY).state_dict()
         tensors = {name: found[name] for name in wanted}
     else:
-        folder = _local_folder(settings)
+        folder = folder_of(settings) or cached_snapshot(settings.weights, settings.revision)
         tensors = {} if folder is None else _read(folder / "transformer", wanted)
     if tensors.keys() != wanted:
         return False
     transformer.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False, assign=True)
     return True
-
-
-def _local_folder(settings: ModelSettings) -> Path | None:
-    weights = settings.weights or ""
-    folder = Path(weights).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or weights.count("/") != 1:
-        return None
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(weights, revision=settings.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
 
 
 def _read(folder: Path, wanted: set[str]) -> dict:

@@ -66,6 +66,9 @@ def test_keys_keep_the_order_and_can_be_undone(device):
     assert (key[14] > key[:14]).all(), "NaN behind infinity"
 
 
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in multiply"
+)  # NumPy's, in the interpreter: part of what is tested
 @pytest.mark.parametrize("log_bins", [4, 12, 16])
 @pytest.mark.parametrize("linear", [True, False])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 977.0, 1e30])

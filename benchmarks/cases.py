@@ -145,14 +145,20 @@ def _subset() -> list[Measurement]:
     found += _memory_cases(SIZE, 256, {4: ("simd", "triton"), 2: ("eager",), 3: ("eager",)})
     for case in layer_cases(SIZE, (256,), ("no_grad", "prepare")):
         found += _with(case, "simd", "triton")
-    for case in layer_cases(SIZE, (32,), ("both", "no_grad")):
+    for case in layer_cases(SIZE, (32,), ("both",)):
         found += _with(case, "eager", "simd", "triton")
-    for case in layer_cases(SIZE, (32,), ("forward", "backward")):
-        found += _with(case, "eager", "simd", "triton")
+    for mode in ("no_grad", "forward", "backward"):
+        for layer in ("relu1_1", "relu4_1"):
+            found += _with(Case("layer", mode, SIZE, 32, layer=layer), "eager", "simd", "triton")
     found += _all(Case("layer", "both", SIZE, 256, layer="relu4_1"))
-    found += _all(Case("layer", "both", SIZE, 32, "fdl", layer="relu3_1"))
     found += _with(dataclasses.replace(whole, num_projections=32), "eager", "simd", "triton")
+    found += _all(Case("layer", "both", SIZE, 32, "fdl", layer="relu3_1"))
+    found += _bfloat16() + _with(dataclasses.replace(whole, reading="fdl"), "published")
     return list(dict.fromkeys(found))
+
+
+def _bfloat16() -> list[Measurement]:
+    return _with(Case("video", "both", SIZE, 256, frames=8, dtype="bfloat16"), "eager", "triton", "vgg19")
 
 
 def _full() -> list[Measurement]:
@@ -169,8 +175,6 @@ def _full() -> list[Measurement]:
                     found += _all(Case("video", mode, size, k, frames=frames))
             found += _all(Case("video", "both", size, k, "fdl"))
     found += _all(Case("video", "both", SIZE, 256, "fdl", frames=8))
-    bf16 = Case("video", "both", SIZE, 256, frames=8, dtype="bfloat16")
-    found += _with(bf16, "eager", "triton", "vgg19")
     return list(dict.fromkeys(found))
 
 

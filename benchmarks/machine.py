@@ -40,7 +40,8 @@ def memory_bytes(device: torch.device) -> int:
 def available_bytes(device: torch.device) -> int:
     """Memory that can be had now without swapping."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     info = Path("/proc/meminfo")
     if info.is_file() and (found := re.search(r"^MemAvailable:\s*(\d+) kB$", info.read_text(), re.M)):
         return int(found.group(1)) * 1024

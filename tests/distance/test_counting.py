@@ -34,7 +34,7 @@ def block(values, singles, target, target_singles, form, p):
     target = np.sort(np.abs(target) if form == "odd" else target, -1)
     target_singles = np.sort(target_singles, -1)
     bins = TargetBins.of(torch.from_numpy(target)[None], form) if p == 1 else None
-    counted = () if bins is None else (bins.key, bins.scale[0], bins.up_to[0], bins.sums[0])
+    counted = () if bins is None else (bins.key, *(tensor[0].numpy() for tensor in bins.tensors()))
     at = places(target, target_singles, form)
     return Rows(values.copy(), singles.copy(), target, target_singles, at, form, p, *(counted or (None,)))
 

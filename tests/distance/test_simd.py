@@ -313,8 +313,8 @@ def test_memory_does_not_depend_on_directions_or_maps(monkeypatch):
     """The largest array of projected values is a chunk's."""
     monkeypatch.setattr(simd, "CHUNK_VALUES", 1 << 16)
     sizes = []
-    inner = simd.project
-    monkeypatch.setattr(simd, "project", lambda *args: sizes.append(inner(*args)) or sizes[-1])
+    inner = simd._project
+    monkeypatch.setattr(simd, "_project", lambda *args: sizes.append(inner(*args)) or sizes[-1])
     for maps, directions in ((1, 8), (1, 200), (7, 64)):
         x, _ = random_maps(maps, 4, 40, 50)
         simd.sliced_terms(x, sort_target(x, num_projections=directions), True)
@@ -329,3 +329,52 @@ def test_result_of_a_large_row_is_reproducible():
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert np.isfinite(first[1].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"slicing": "flat", "p": 2, "phase_weight": 0.5}, {"domain": "feature", "seed": 3}], ids=str
+)
+@pytest.mark.parametrize("small", [False, True])
+def test_compiled_whole(monkeypatch, options, small):
+    """fullgraph: one operator, no break; the reference, where it computes, is traced."""
+    if small:
+        monkeypatch.setattr(simd, "SMALL_PROBLEM", 1 << 30)
+    x, y = random_maps(2, 3, 24, 18)
+    target = sort_target(y, **({"num_projections": 5} if "slicing" not in options else {}), **options)
+
+    def reward(x):
+        return (sliced_wasserstein(x * 2, target) * torch.tensor([1.0, -3.0])).sum()
+
+    x.requires_grad_()
+    want = reward(x)
+    (gradient,) = torch.autograd.grad(want, x)
+    torch._dynamo.reset()
+    got = torch.compile(reward, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, want)
+    (compiled,) = torch.autograd.grad(got, x)
+    assert (compiled - gradient).norm() <= 0.01 * gradient.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(reward, fullgraph=True, backend="aot_eager")(x), want.detach())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"slicing": "flat"}, {"slicing": "patch", "p": 2}, {"domain": "feature"}], ids=str
+)
+def test_operator(options):
+    x, y = random_maps(2, 3, 70, 66)
+    target = (
+        sort_target(y, **options)
+        if "slicing" in options and options["slicing"] == "flat"
+        else sort_target(y, num_projections=4, **options)
+    )
+    packed = simd._packed(target)
+    again = simd._unpacked(*packed[:3], packed[3].split(), packed[4])
+    assert again.config == target.config
+    assert [part.form for part in again.parts] == [part.form for part in target.parts]
+    for wanted in (True, False):
+        torch.library.opcheck(
+            simd.simd_sliced_terms, (x, *packed, wanted), test_utils=("test_schema", "test_faketensor")
+        )
+    terms, gradient = simd.simd_sliced_terms(x, *packed, True)
+    want = simd.sliced_terms(x, target, True)
+    torch.testing.assert_close((terms, gradient), want)

@@ -54,8 +54,11 @@ def phase_is_odd(z: Tensor) -> bool:
     """Whether angle(conj z) = -angle(z) at all of the bins: none on the branch cut, where both are +π (see `bins.mirrored_values`).
 
     On a GPU this would wait for the spectrum. There it is taken for granted of large maps, where the convention decides between +π and
-    -π for bins whose imaginary part is exactly 0, which is up to the rounding of the FFT anyway.
+    -π for bins whose imaginary part is exactly 0, which is up to the rounding of the FFT anyway. A compiler may not look either; whole
+    lists are right in any case.
     """
+    if torch.compiler.is_compiling():
+        return False
     if z.device.type != "cpu":
         return z.shape[-1] > LARGEST_WHOLE_PHASE // 2
     return not bool(((z.imag == 0) & (z.real < 0)).any())
@@ -104,7 +107,7 @@ def projected_lists(x: Tensor, config: SlicingConfig, projections: Tensor | None
     height, width = x.shape[-2:]
     if config.domain == "feature":
         samples = [Samples(x.flatten(2), 0, "whole")]
-    elif x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad:
+    elif x.device.type == "cpu" and x.dtype == torch.float32 and not (x.requires_grad or torch.compiler.is_compiling()):
         # what the CPU backend does, bit by bit: equal maps then have equal spectra to the last digit
         z, amplitude, phase = to_polar(x, config.fft_norm, "phase" in config.parts)
         values = {"amplitude": amplitude, "phase": phase}

@@ -74,7 +74,9 @@ class HalfPlane:
         """
         out = representatives.new_empty((*representatives.shape[:-1], self.height * self.half_width))
         out[..., self.representatives] = representatives
-        out[..., self.mirrors] = representatives[..., self.mirrored].conj()
+        out[..., self.mirrors] = representatives[
+            ..., self.mirrored
+        ].conj_physical()  # a lazy conj() is lost under torch.compile
         out[..., self.self_conjugate] = self_conjugate.to(out.dtype)
         return out.unflatten(-1, (self.height, self.half_width))
 

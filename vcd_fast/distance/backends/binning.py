@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vcd_fast.distance.lists import Form
 
@@ -115,15 +116,15 @@ class TargetBins:
     """What a target's rows have in their bins, computed once."""
 
     key: Key
-    scale: np.ndarray
+    scale: Tensor
     """[B, K, 1 or 3], see `Key.scale`"""
-    up_to: np.ndarray
+    up_to: Tensor
     """[B, K, width] int32 representatives in bins up to each; the first is 0"""
-    sums: np.ndarray
+    sums: Tensor
     """[B, K, bins] sum of the representatives of each, float64: such sums cancel"""
 
     @classmethod
-    def of(cls, values: torch.Tensor, form: Form) -> TargetBins | None:
+    def of(cls, values: Tensor, form: Form) -> TargetBins | None:
         """For ascending float32 representatives [B, K, m] on the CPU, if they are worth it; None otherwise."""
         if values.device.type != "cpu" or values.dtype != torch.float32 or values.shape[-1] <= SHORT_ROW:
             return None
@@ -138,11 +139,14 @@ class TargetBins:
             up_to[i] = key.up_to(indices, workspace, "up to")[0]
             sums[i] = np.bincount(indices[0], weights=row, minlength=key.bins + 1)[1:]
         shape = values.shape[:2]
-        return cls(key, *(array.reshape(*shape, -1) for array in (scale, up_to, sums)))
+        return cls(key, *(torch.from_numpy(array).unflatten(0, shape) for array in (scale, up_to, sums)))
 
     def __getitem__(self, samples: slice) -> TargetBins:
         return TargetBins(self.key, self.scale[samples], self.up_to[samples], self.sums[samples])
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scale, self.up_to, self.sums
+
     @property
     def nbytes(self) -> int:
-        return self.scale.nbytes + self.up_to.nbytes + self.sums.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors())

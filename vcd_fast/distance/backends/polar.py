@@ -108,7 +108,8 @@ def from_polar(
         for column in edges:
             piece = half[:, at : at + upper.stop - upper.start]
             plane[:, upper, column] = piece
-            plane[:, height - upper.stop + 1 :, column] = piece.conj().flip(-1)
+            # not the lazy conj(): copying it loses the conjugate where torch.compile runs an operator for the first time
+            plane[:, height - upper.stop + 1 :, column] = piece.flip(-1).conj_physical()
             at += piece.shape[-1]
         for column in edges:
             for row in rows:

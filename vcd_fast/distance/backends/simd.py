@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vcd_fast.distance.backends import reference
-from vcd_fast.distance.backends.binning import TargetBins, Workspace
+from vcd_fast.distance.backends.binning import Key, TargetBins, Workspace
 from vcd_fast.distance.backends.counting import compare
 from vcd_fast.distance.backends.polar import from_polar, to_polar
 from vcd_fast.distance.backends.ranked import Rows
@@ -47,6 +47,9 @@ def sliced_terms(x: Tensor, target: SortedTarget, with_gradient: bool) -> tuple[
     Returns:
         terms [N, parts] float32, and d(sum over parts of weight · term)/dx [N, C, H, W] float32 or None.
     """
+    if torch.compiler.is_compiling():
+        terms, gradient = simd_sliced_terms(x, *_packed(target), with_gradient)
+        return terms, gradient if with_gradient else None
     row, count = _sizes(x, target)
     values = row * count
     gradient = torch.empty(x.shape) if with_gradient else None
@@ -57,6 +60,56 @@ def sliced_terms(x: Tensor, target: SortedTarget, with_gradient: bool) -> tuple[
         if gradient is not None:
             gradient[samples] = piece
     return torch.cat(terms), gradient
+
+
+def _packed(target: SortedTarget) -> tuple[list[Tensor], list[int], list[int], str, list[float]]:
+    """A target as what an operator takes: tensors, whole numbers, names, numbers. See `_unpacked`."""
+    config = target.config
+    empty = target.parts[0].representatives.new_empty(0)
+    tensors = [empty if target.projections is None else target.projections]
+    bits = []
+    for part, bins in zip(target.parts, target.bins, strict=True):
+        tensors += [*part[:2], *((empty, empty, empty) if bins is None else bins.tensors())]
+        bits.append(-1 if bins is None else bins.key.bits)
+    whole_numbers = [config.p, config.num_projections, config.patch_size, config.seed, *target.shape]
+    names = [config.domain, config.slicing, config.fft_norm, *(part.form for part in target.parts)]
+    return tensors, bits, whole_numbers, " ".join(names), [config.amplitude_weight, config.phase_weight]
+
+
+def _unpacked(
+    tensors: list[Tensor], bits: list[int], whole_numbers: list[int], names: list[str], weights: list[float]
+) -> SortedTarget:
+    p, num_projections, patch_size, seed, *shape = whole_numbers
+    domain, slicing, fft_norm, *forms = names
+    config = SlicingConfig(domain, slicing, p, num_projections, patch_size, seed, *weights, fft_norm)
+    parts, bins = [], []
+    for i, form in enumerate(forms):
+        representatives, alone, *counted = tensors[1 + 5 * i : 6 + 5 * i]
+        parts.append(Lists(representatives, alone, form))
+        bins.append(None if bits[i] < 0 else TargetBins(Key(form, bits[i]), *counted))
+    projections = None if slicing == "flat" else tensors[0]
+    return SortedTarget(tuple(parts), projections, config, tuple(shape), tuple(bins))
+
+
+@torch.library.custom_op("vcd_fast::simd_sliced_terms", mutates_args=())
+def simd_sliced_terms(
+    x: Tensor,
+    tensors: list[Tensor],
+    bits: list[int],
+    whole_numbers: list[int],
+    names: str,
+    weights: list[float],
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """`sliced_terms` for torch.compile, which takes it as it is; the gradient is empty [0] where it is not wanted."""
+    target = _unpacked(tensors, bits, whole_numbers, names.split(), weights)
+    terms, gradient = sliced_terms(x, target, with_gradient)
+    return terms, x.new_empty(0) if gradient is None else gradient
+
+
+@simd_sliced_terms.register_fake
+def _(x, tensors, bits, whole_numbers, names, weights, with_gradient):
+    return x.new_empty((x.shape[0], len(bits))), x.new_empty(x.shape if with_gradient else (0,))
 
 
 def is_small(x: Tensor, target: SortedTarget) -> bool:
@@ -148,11 +201,14 @@ def _part(
     count = 1 if directions is None else len(directions)
     step = max(1, CHUNK_VALUES // max(1, len(owners) * fixed.length))
     slopes = torch.zeros_like(samples.values) if with_gradient else None
+    buffer = (
+        torch.empty(len(owners) * min(step, count) * samples.values.shape[-1]) if config.slicing == "channel" else None
+    )
     total = np.zeros((len(owners), count))
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
         some = None if directions is None else directions[chunk]
-        projected = project(samples, config, some, height, width).contiguous()
+        projected = _project(samples, config, some, height, width, buffer)
         total[:, chunk] = _compare(split(projected, samples, config), fixed, bins, owners, chunk, config.p)
         if slopes is not None:
             _add_projected_back(slopes, projected, samples.singles, config, some, height, width)
@@ -160,6 +216,17 @@ def _part(
     if slopes is not None:
         slopes *= scale * config.part_weights[part]
     return torch.from_numpy(total.sum(-1) * scale).to(torch.float32), slopes
+
+
+def _project(
+    samples: Samples, config: SlicingConfig, projections: Tensor | None, height: int, width: int, buffer: Tensor | None
+) -> Tensor:
+    """`project`, into `buffer` where that can be: allocating and freeing for every chunk leaves holes in the heap."""
+    if buffer is None:
+        return project(samples, config, projections, height, width).contiguous()
+    shape = (len(samples.values), len(projections), samples.values.shape[-1])
+    out = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+    return torch.bmm(projections.expand(len(samples.values), -1, -1), samples.values, out=out)
 
 
 def _add_projected_back(
@@ -193,6 +260,7 @@ def _compare(
     values, singles = (part.numpy() for part in lists[:2])
     target, target_singles = (part.numpy() for part in fixed[:2])
     places = _places(fixed, chunk)
+    of_target = [] if bins is None else [tensor.numpy() for tensor in bins.tensors()]
     group, count, m = values.shape
     total = np.empty((group, count))
     step = max(1, BLOCK_VALUES // max(1, m))
@@ -203,7 +271,7 @@ def _compare(
         pick = owners[some.start] if some.stop - some.start == 1 else owners[some]  # the former makes no copy
         sides = [values[some, rows], singles[some, rows]]
         sides += [target[pick, fixed_rows], target_singles[pick, fixed_rows], places[pick, rows]]
-        counted = [] if bins is None else [array[pick, fixed_rows] for array in (bins.scale, bins.up_to, bins.sums)]
+        counted = [array[pick, fixed_rows] for array in of_target]
         sums = total[some, rows]
         sides, counted = ([_as_rows(a, sums.size) for a in arrays] for arrays in (sides, counted))
         sums[...] = compare(Rows(*sides, fixed.form, p, bins and bins.key, *counted), workspace).reshape(sums.shape)

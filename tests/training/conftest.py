@@ -39,12 +39,12 @@ def run_worker(script: str, arguments: tuple[str, ...], ranks: int, timeout: int
 @pytest.fixture(scope="session")
 def two_ranks():
     """Runs a worker script of this folder on two CPU ranks; returns what it printed after RESULT."""
-    return lambda script, *arguments, timeout=300: run_worker(script, arguments, 2, timeout)
+    return lambda script, *arguments, timeout=900: run_worker(script, arguments, 2, timeout)
 
 
 @pytest.fixture(scope="session")
 def one_rank():
-    return lambda script, *arguments, timeout=300: run_worker(script, arguments, 1, timeout)
+    return lambda script, *arguments, timeout=900: run_worker(script, arguments, 1, timeout)
 
 
 @pytest.fixture(scope="session")

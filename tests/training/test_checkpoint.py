@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -58,17 +60,48 @@ def test_an_altered_file_is_refused_and_the_one_before_offered(tmp_path):
     assert checkpoints.choose(tmp_path, str(earlier)).step == 10
 
 
-@pytest.mark.parametrize("damage", ["truncate", "state", "missing"])
-def test_damage_is_an_error_one_can_read(tmp_path, damage):
+def cut(path, keep=0.7):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+
+
+DAMAGES = {
+    "lora cut": lambda folder: cut(folder / "lora.safetensors"),
+    "moments cut": lambda folder: cut(folder / "moments.safetensors"),
+    "moments empty": lambda folder: cut(folder / "moments.safetensors", 0),
+    "lora missing": lambda folder: (folder / "lora.safetensors").unlink(),
+    "state cut": lambda folder: cut(folder / "state.json"),
+    "state empty": lambda folder: cut(folder / "state.json", 0),
+    "state no text": lambda folder: (folder / "state.json").write_bytes(b"\xff\xfe"),
+    "state no object": lambda folder: (folder / "state.json").write_text("[1]"),
+    "step altered": lambda folder: alter(folder, '"step": 20', '"step": 21'),
+    "counter altered": lambda folder: alter(folder, '"bad_in_a_row": 0', '"bad_in_a_row": 1'),
+    "hash altered": lambda folder: alter(folder, '"state.json"', '"state.jsom"'),
+}
+
+
+def alter(folder, before, after):
+    text = (folder / "state.json").read_text()
+    assert before in text
+    (folder / "state.json").write_text(text.replace(before, after))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_and_the_one_before_offered(tmp_path, damage):
+    earlier = checkpoints.save(tmp_path, make(10), keep=3)
+    newest = checkpoints.save(tmp_path, make(20), keep=3)
+    DAMAGES[damage](newest)
+    with pytest.raises(ValueError, match=r"resume: .*step-00000020.*--resume .*step-00000010"):
+        checkpoints.choose(tmp_path, "auto")
+    assert checkpoints.choose(tmp_path, str(earlier)).step == 10
+
+
+def test_a_checkpoint_of_before_the_state_had_a_hash_is_read(tmp_path):
     folder = checkpoints.save(tmp_path, make(10), keep=3)
-    if damage == "truncate":
-        (folder / "moments.safetensors").write_bytes((folder / "moments.safetensors").read_bytes()[:100])
-    elif damage == "state":
-        (folder / "state.json").write_text("{")
-    else:
-        (folder / "lora.safetensors").unlink()
-    with pytest.raises(ValueError, match="resume: "):
-        checkpoints.load(folder)
+    state = json.loads((folder / "state.json").read_text())
+    del state["sha256"]["state.json"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoints.load(folder).step == 10
 
 
 def test_never_refuses_a_folder_in_use(tmp_path):
@@ -112,6 +145,67 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     checkpoints.save(tmp_path, make(10), keep=3)
     checkpoints.save(tmp_path, dataclasses.replace(make(10), updates=7), keep=3)
     assert checkpoints.choose(tmp_path, "auto").updates == 7
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def kill_at(monkeypatch, module, name, call):
+    """The n-th call of a function ends the process: nothing is cleaned up, either."""
+    original, calls = getattr(module, name), []
+
+    def function(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) < call:
+            return original(*arguments, **options)
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *a, **k: None)
+        monkeypatch.setattr(checkpoints, "put_back", lambda output: None)
+        raise Killed
+
+    monkeypatch.setattr(module, name, function)
+
+
+MOMENTS = [(checkpoints, "save_file", 1), (checkpoints, "save_file", 2), (checkpoints, "_hash_of_state", 1)]
+MOMENTS += [(checkpoints, "sync", 1), (checkpoints, "sync", 4), (os, "rename", 1), (checkpoints, "sync", 5)]
+CASES = [(moment, 20) for moment in MOMENTS] + [(moment, 10) for moment in [*MOMENTS, (os, "rename", 2)]]
+
+
+@pytest.mark.parametrize(("moment", "step"), CASES, ids=lambda v: "-".join(map(str, v[1:])) if type(v) is tuple else v)
+def test_killed_anywhere_while_saving_a_whole_checkpoint_remains(tmp_path, monkeypatch, moment, step):
+    """With keep=1, where removing the old one too early would leave nothing; step 10 replaces the one of step 10."""
+    checkpoints.save(tmp_path, make(10), keep=1)
+    kill_at(monkeypatch, *moment)
+    with pytest.raises(Killed):
+        checkpoints.save(tmp_path, dataclasses.replace(make(step), updates=7), keep=1)
+    monkeypatch.undo()
+    checkpoints.put_back(tmp_path)
+    found = checkpoints.choose(tmp_path, "auto")
+    assert (found.step, found.updates) in {(10, 10), (step, 7)}
+    checkpoints.forget_after(tmp_path, found.step)
+    assert not [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name_and_the_old_goes_last(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, make(10), keep=1)
+    events = []
+    for module, name in ((checkpoints, "sync"), (os, "rename"), (checkpoints, "_remove")):
+        original = getattr(module, name)
+
+        def recorded(path, *rest, name=name, original=original):
+            events.append((name, path.name))
+            return original(path, *rest)
+
+        monkeypatch.setattr(module, name, recorded)
+    checkpoints.save(tmp_path, make(20), keep=1)
+    files = {("sync", name) for name in (*checkpoints.FILES, "state.json")}
+    assert set(events[:3]) == files
+    assert events[3:] == [
+        ("sync", ".step-00000020.tmp"),
+        ("rename", ".step-00000020.tmp"),
+        ("sync", "checkpoints"),
+        ("_remove", "step-00000010"),
+    ]
 
 
 FULL_DISK = """

@@ -1,7 +1,8 @@
 """Checkpoints that are there whole or not at all.
 
 `OUTPUT/checkpoints/step-00000020/` holds `lora.safetensors`, `moments.safetensors`, `state.json` (the step, counters, SHA-256 of the
-two files) and, written last, `.complete`. It is filled under a temporary name and renamed; older ones are removed only after that.
+two files and of itself) and, written last, `.complete`. It is filled under a temporary name, brought to the disk and renamed; older
+ones are removed only after that.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vcd_fast.training.durable import naming, sync
+
 FOLDER = "checkpoints"
 FILES = ("lora.safetensors", "moments.safetensors")
+STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
+_ASIDE = ".replaced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +64,14 @@ def save(output: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "sha256": {name: _sha256(temporary / name) for name in FILES},
             **checkpoint.extra,
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for path in temporary.iterdir():
-            _sync(path)
-        (temporary / ".complete").touch()
-        if final.exists():
-            _remove(final)
-        os.rename(temporary, final)
-        _sync(parent)
+        state["sha256"][STATE] = _hash_of_state(state)
+        with naming(final):
+            (temporary / STATE).write_text(json.dumps(state, indent=1))
+            for path in temporary.iterdir():
+                sync(path)
+            (temporary / ".complete").touch()
+            sync(temporary)
+        _put_in_place(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, SafetensorError):
@@ -76,6 +81,31 @@ def save(output: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for old in list_complete(output)[:-keep]:
         _remove(old)
     return final
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """One of the same step is put aside until the new one has its name, and not removed before."""
+    aside = final.with_name(f".{final.name}{_ASIDE}")
+    try:
+        if final.exists():
+            os.rename(final, aside)
+        os.rename(temporary, final)
+        sync(final.parent)
+    finally:
+        put_back(final.parent.parent)
+
+
+def put_back(output: Path) -> None:
+    """Finish or undo a replacement that was interrupted, so that a complete checkpoint is never under another name.
+
+    Before `choose`, on one rank, with the others waiting: they have to see the same.
+    """
+    for aside in (output / FOLDER).glob(f".step-*{_ASIDE}"):
+        final = aside.with_name(aside.name[1 : -len(_ASIDE)])
+        if final.exists():
+            _remove(aside)
+        else:
+            os.rename(aside, final)
 
 
 def forget_after(output: Path, step: int) -> None:
@@ -107,10 +137,14 @@ def load(folder: Path) -> Checkpoint:
     if not (folder / ".complete").exists():
         raise ValueError(f"resume: expected the folder of a complete checkpoint, got {folder}")
     try:
-        state = json.loads((folder / "state.json").read_text())
-        altered = [name for name in FILES if _sha256(folder / name) != state["sha256"][name]]
+        state = json.loads((folder / STATE).read_text())
+        written = state["sha256"]
+        altered = [name for name in FILES if _sha256(folder / name) != written[name]]
+        # Checkpoints of before this hash was kept have just the other two.
+        if set(written) != set(FILES) and written.get(STATE) != _hash_of_state(state):
+            altered.append(STATE)
         step, updates = state.pop("step"), state.pop("updates")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"resume: checkpoint {folder} cannot be read ({error!r}). {_offer(folder)}") from error
     if altered:
         raise ValueError(f"resume: {', '.join(altered)} in {folder} differs from what was written. {_offer(folder)}")
@@ -184,16 +218,14 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _hash_of_state(state: Mapping[str, Any]) -> str:
+    """Of what `state.json` says, its own hash apart; the same before it is written and after it is read."""
+    hashes = {name: state["sha256"][name] for name in FILES}
+    text = json.dumps({**state, "sha256": hashes}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _remove(folder: Path) -> None:
     """First no longer a checkpoint, then gone."""
     (folder / ".complete").unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it before anything relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

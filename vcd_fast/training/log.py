@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vcd_fast.training.durable import naming, replace_text, sync
+
 
 class RunLog:
     """`OUTPUT/log.jsonl`. A line is on disk before the next step starts.
@@ -20,7 +22,9 @@ class RunLog:
     def __init__(self, output: Path, first_step: int, tensorboard: bool):
         self.path = output / "log.jsonl"
         _keep_before(self.path, first_step)
-        self._file = self.path.open("a")
+        # Unbuffered: what a full disk did not take is not tried again when the process ends.
+        self._file = self.path.open("ab", buffering=0)
+        sync(output)
         self._tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -28,12 +32,16 @@ class RunLog:
             self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        try:
-            self._file.write(json.dumps(json_safe({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
-            self._file.flush()
+        """Append a line and have the disk hold it.
+
+        Raises:
+            OSError: it cannot; part of the line may be there, which `read` and a run that goes on leave out.
+        """
+        line = memoryview(_line({"kind": kind, "step": step, **values}).encode())
+        with naming(self.path):
+            while line:
+                line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self._tensorboard is not None:
             for name, value in _flat(values):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -45,23 +53,31 @@ class RunLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line cut off by a crash is left out."""
+    """The lines of a log; a last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    texts = path.read_text(errors="replace").splitlines()
     lines = []
-    for text in path.read_text().splitlines():
+    for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
+            if number < len(texts):
+                raise ValueError(
+                    f"{path}: line {number} of {len(texts)} was altered, it is no JSON. Repair it, or remove the line"
+                ) from None
     return lines
 
 
 def _keep_before(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in read(path) if line["step"] < step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+    if path.exists():
+        replace_text(path, "".join(_line(line) for line in read(path) if line["step"] < step))
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(json_safe(values), allow_nan=False) + "\n"
 
 
 def json_safe(value: Any) -> Any:

@@ -95,6 +95,7 @@ class Run:
         size = config.model.height, config.model.width
         family(config.family).missing_weights(config.model)  # raises where they are named wrongly or not at all
         self.pictures = PictureFolder(config.data, *size)
+        self._on_first_rank(lambda: checkpoints.put_back(self.output))
         resumed = checkpoints.choose(self.output, self.settings.resume)
         changes = checkpoints.changes(resumed, config.as_dict()) if resumed is not None else []
         if resumed is not None and resumed.step > self.settings.max_train_steps:

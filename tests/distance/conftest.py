@@ -69,6 +69,12 @@ def extractor():
     return TwoLayers()
 
 
+@pytest.fixture(scope="session")
+def two_layers():
+    """The same for tests that copy it."""
+    return TwoLayers()
+
+
 @pytest.fixture
 def tiny_loss(extractor):
     """tiny_loss(config="vcd", **options) -> a VCDLoss over `extractor`, with eight directions."""

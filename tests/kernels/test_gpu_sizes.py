@@ -1,10 +1,16 @@
 """Real sizes, on a GPU: the layers of VGG19 for a 272×368 frame, rows behind 2**31 elements, no host sync, CUDA graphs, memory."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from vcd_fast import VCDLoss, VGG19Features, sliced_wasserstein
 from vcd_fast.distance.backends import reference, triton_fused
 from vcd_fast.distance.backends.triton_fused import sliced_terms
+from vcd_fast.distance.config import VCD_LAYERS
 from vcd_fast.distance.target import sort_target
 
 pytestmark = pytest.mark.gpu
@@ -12,6 +18,7 @@ pytestmark = pytest.mark.gpu
 LAYERS = [(64, 272, 368), (128, 136, 184), (256, 68, 92), (512, 34, 46), (512, 17, 23)]
 METHODS = ["rows", "merge", "count", "sort"]
 GIB = 2**30
+GOLDENS = Path(__file__).parents[1] / "goldens" / "distance"
 
 
 def needs(gibibytes):
@@ -54,9 +61,15 @@ def by_reference(x, target, dtype):
 def test_layers_of_a_real_frame(shape, method):
     needs(24)
     x, y = frame_and_condition(shape)
-    terms, gradient = sliced_terms(x, sort_target(y, num_projections=32), True, method=method)
-    true_terms, true_gradient = by_reference(x, sort_target(y.double(), num_projections=32), torch.float64)
-    _, single = by_reference(x, sort_target(y, num_projections=32), torch.float32)
+    assert_accurate(x, y, 32, method)
+
+
+def assert_accurate(x, y, num_projections, method):
+    """The rule for a backend: loss within 1e-5, gradient error at most twice that of the reference in float32."""
+    options = {"num_projections": num_projections}
+    terms, gradient = sliced_terms(x, sort_target(y, **options), True, method=method)
+    true_terms, true_gradient = by_reference(x, sort_target(y.double(), **options), torch.float64)
+    _, single = by_reference(x, sort_target(y, **options), torch.float32)
     torch.testing.assert_close(terms.double(), true_terms, rtol=1e-5, atol=0)
     error = (gradient - true_gradient).norm() / true_gradient.norm()
     assert error <= 2 * (single - true_gradient).norm() / true_gradient.norm() + 1e-6
@@ -145,35 +158,166 @@ def test_projections_behind_two_to_the_31():
     torch.testing.assert_close(amplitude[-1, :, : kept - 4], want[:, : kept - 4], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [LAYERS[1], LAYERS[3]])
-def test_nothing_waits_for_the_device(shape):
-    x, y = frame_and_condition(shape, samples=2)
-    target = sort_target(y, num_projections=16)
-    sliced_terms(x, target, True)  # compiles the kernels and makes the tables
+@pytest.fixture(scope="module")
+def vcd():
+    """VCDLoss with the recipe's weights, a clip, and its condition's side."""
+    with pytest.warns(UserWarning, match="random weights"):
+        loss = VCDLoss(extractor=VGG19Features("random"), num_projections=16, chunk_frames=2, backend="triton").cuda()
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    video = torch.rand(1, 5, 3, 272, 368, device="cuda", generator=generator)
+    return loss, video, loss.prepare(video[:, 0])
+
+
+@contextlib.contextmanager
+def no_waiting():
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sliced_terms(x, target, True)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", ["auto", "merge"])
-def test_captured_in_a_cuda_graph(method):
-    x, y = frame_and_condition(LAYERS[2])
-    target = sort_target(y, num_projections=16)
+@pytest.mark.parametrize("shape", [LAYERS[1], LAYERS[3]])
+@pytest.mark.parametrize("options", [{}, {"p": 2}, {"slicing": "flat"}, {"slicing": "patch"}, {"domain": "feature"}])
+def test_nothing_waits_for_the_device(shape, options):
+    """Forward, and backward of an upstream gradient of any kind; the condition's side too where the directions are there."""
+    needs(40)
+    x, y = frame_and_condition(shape, samples=2)
+    x.requires_grad_()
+    target = sort_target(y, **options, **({} if options.get("slicing") == "flat" else {"num_projections": 8}))
+    upstream = torch.rand(2, 2, device="cuda")[:, 0]
+
+    def loss_and_gradient():
+        return torch.autograd.grad(sliced_wasserstein(x, target), x, upstream)
+
+    loss_and_gradient()  # compiles the kernels and makes the tables
+    with no_waiting():
+        loss_and_gradient()
+        if target.projections is not None:
+            sort_target(
+                y, target.projections.unflatten(1, (shape[0], *2 * [5 if "slicing" in options else 1])), **options
+            )
+
+
+@pytest.mark.parametrize("own", [0, 2])
+def test_the_whole_loss_waits_for_nothing(vcd, own):
+    loss, video, target = vcd
+    index = [(t - own) % 5 for t in range(5)]  # the condition's frame is left out of the middle
+    video = video.clone().requires_grad_()
+
+    def step():
+        return torch.autograd.grad(loss(video, target, frame_index=index, num_frames=5), video)[0]
+
+    want = step()
+    with no_waiting():
+        got = step()
+    assert torch.equal(got, want)
+
+
+def captured(function):
+    """function() recorded in a CUDA graph: -> the graph and what the function returned."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            sliced_terms(x, target, True, method=method)
+            function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        terms, gradient = sliced_terms(x, target, True, method=method)
-    x.copy_(x.roll(3, -1))
+        found = function()
+    return graph, found
+
+
+@pytest.mark.parametrize("method", ["auto", "merge"])
+def test_captured_in_a_cuda_graph(method, monkeypatch):
+    monkeypatch.setenv("VCD_FAST_TRITON_METHOD", method)
+    x, y = frame_and_condition(LAYERS[2])
+    x.requires_grad_()
+    target = sort_target(y, num_projections=16)
+
+    def loss_and_gradient():
+        loss = sliced_wasserstein(x, target, backend="triton")
+        return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+    graph, found = captured(loss_and_gradient)
+    with torch.no_grad():
+        x.copy_(x.roll(3, -1))
     graph.replay()
-    want = sliced_terms(x, target, True, method=method)
-    assert torch.equal(terms, want[0])
-    assert torch.equal(gradient, want[1])
+    for got, want in zip(found, loss_and_gradient(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_whole_loss_in_a_cuda_graph(vcd):
+    loss, video, target = vcd
+    video = video.clone().requires_grad_()
+
+    def loss_and_gradient():
+        value = loss(video, target)
+        return value.detach(), torch.autograd.grad(value, video)[0]
+
+    graph, found = captured(loss_and_gradient)
+    with torch.no_grad():
+        video.copy_(video.flip(-1))
+    graph.replay()
+    for got, want in zip(found, loss_and_gradient(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("slicing", ["channel", "patch"])
+def test_tf32_elsewhere_changes_nothing(slicing):
+    """A program that lets its own products be rounded: both sides of the distance stay exact, and its setting stays."""
+    needs(24)
+    x, y = frame_and_condition(LAYERS[3])
+    x.requires_grad_()
+    results = []
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for precision, allowed in (("highest", False), ("high", True)):
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = allowed
+            target = sort_target(y, num_projections=16, slicing=slicing)
+            loss = sliced_wasserstein(x, target)
+            results.append([target.parts[1].representatives, loss.detach()])
+            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cudnn.allow_tf32 == allowed
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    torch.testing.assert_close(*(lists for lists, _ in results), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(loss for _, loss in results), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["vcd_small", "vcd_odd_size"])
+def test_published_loss_of_a_clip(name):
+    """As on the CPU: exact but for phases that hang on the rounding of an FFT."""
+    golden = {key: value.cuda() for key, value in load_file(GOLDENS / f"{name}.safetensors").items()}
+    with pytest.warns(UserWarning, match="random weights"):
+        extractor = VGG19Features("random").cuda()
+    directions = {layer: golden[f"projections.{layer}"] for layer in VCD_LAYERS}
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # of VGG19's convolutions
+    try:
+        found = VCDLoss(extractor=extractor, projections=directions, backend="triton").details(
+            golden["video"].float(), golden["condition"].float()
+        )
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    torch.testing.assert_close(found.terms[..., 0].double(), golden["terms"][..., 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.loss.double(), golden["loss"], rtol=1e-3, atol=0)
+
+
+def test_rule_on_features_of_vgg19():
+    """A photograph that moved and changed; almost empty channels, whose phases are rounding, get some light."""
+    with pytest.warns(UserWarning, match="random weights"):
+        extractor = VGG19Features("random").cuda()
+    generator = torch.Generator().manual_seed(0)
+    still = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 16, generator=generator), (272, 368), mode="bicubic")
+    moved = still.roll((2, 3), (-2, -1)) * 0.97 + 0.02 * torch.rand(still.shape, generator=generator)
+    pair = extractor(torch.cat([moved, still]).clamp(0, 1).cuda())
+    for layer in ("relu2_1", "relu4_1"):
+        light = 1e-3 * torch.rand(pair[layer].shape, generator=generator).cuda()
+        x, y = (pair[layer] + light).split(1)
+        assert_accurate(x, y, 32, "auto")
 
 
 @pytest.mark.parametrize("method", ["merge", "count"])

@@ -68,6 +68,21 @@ class VGG19Features(nn.Module):
             raise ValueError(
                 f"layers: expected names from {VGG19_LAYERS[0]} to {VGG19_LAYERS[-1]}, got {', '.join(unknown)}"
             )
+        self._build(layers)
+        shapes = {key: value.shape for key, value in self.state_dict().items()}
+        state, self.weight_file = load_vgg19(weights, shapes)
+        self.load_state_dict(state, assign=True)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def without_weights(cls, layers: Sequence[str] = VCD_LAYERS) -> VGG19Features:
+        """The network on the meta device, for counting what it needs."""
+        network = cls.__new__(cls)
+        nn.Module.__init__(network)
+        network._build(layers)
+        return network.requires_grad_(False).eval()
+
+    def _build(self, layers: Sequence[str]) -> None:
         layout = _vgg19_layout()
         depth = 1 + max(i for i, (name, _, _) in enumerate(layout) if name in layers)
         self.layers = tuple(name for name, _, _ in layout[:depth] if name in layers)
@@ -81,11 +96,7 @@ class VGG19Features(nn.Module):
                 else:
                     modules.append(nn.ReLU(inplace=True) if name.startswith("relu") else nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*modules)
-        shapes = {key: value.shape for key, value in self.state_dict().items()}
-        state, self.weight_file = load_vgg19(weights, shapes)
-        self.load_state_dict(state, assign=True)
         self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """images [B, 3, H, W] in [0, 1], of the module's dtype -> {"relu1_1": [B, 64, H, W], "relu2_1": [B, 128, H//2, W//2], …}."""

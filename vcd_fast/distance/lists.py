@@ -15,6 +15,7 @@ from torch import Tensor
 from vcd_fast.distance.backends.polar import to_polar
 from vcd_fast.distance.bins import full_plane, half_spectrum, mirrored_values, part_values
 from vcd_fast.distance.config import SlicingConfig
+from vcd_fast.distance.precision import exact_conv2d, exact_matmul
 from vcd_fast.distance.spectrum import half_plane_sizes
 
 Form = Literal["even", "odd", "whole"]
@@ -84,12 +85,12 @@ def project(samples: Samples, config: SlicingConfig, projections: Tensor | None,
     """[B, C, n] -> [B, K, n], representatives first (patch: [B, K, n'] of the plane); flat: all coefficients as one, [B, 1, C·n]."""
     values, singles, _ = samples
     if config.slicing == "channel":
-        return projections @ values
+        return exact_matmul(projections, values)
     if config.slicing == "flat":
         split = values.shape[-1] - singles
         return torch.cat([values[..., :split].flatten(1), values[..., split:].flatten(1)], -1).unsqueeze(1)
     filters = projections.unflatten(1, (values.shape[1], config.patch_size, config.patch_size))
-    return torch.nn.functional.conv2d(values.unflatten(-1, (height, width)), filters).flatten(2)
+    return exact_conv2d(values.unflatten(-1, (height, width)), filters).flatten(2)
 
 
 def split(projected: Tensor, samples: Samples, config: SlicingConfig) -> Lists:

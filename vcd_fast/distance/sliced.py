@@ -62,8 +62,8 @@ def sliced_wasserstein(
 
         amplitude_weight · W(|FFT2 x|, |FFT2 y|) + phase_weight · W(angle FFT2 x, angle FFT2 y)
 
-    where W is the mean over K directions and n ranks of |x_(j) - y_(j)|^p, the values projected and sorted. All backends but the
-    reference compute the gradient in the forward and keep nothing else; it can be taken once. torch.compile takes the call whole
+    where W is the mean over K directions and n ranks of |x_(j) - y_(j)|^p, the values projected and sorted, in float32 also where
+    `torch.set_float32_matmul_precision` allows PyTorch less. All backends but the reference compute the gradient in the forward and keep nothing else; it can be taken once. torch.compile takes the call whole
     (fullgraph) if y was prepared by `sort_target`.
 
     Args:

@@ -245,7 +245,8 @@ class VCDLoss(nn.Module):
         target = condition if isinstance(condition, Target) else self.prepare(condition)
         self._check_target(video, target)
         contiguous = kept == list(range(kept[0], kept[-1] + 1))
-        frames = video[:, kept[0] : kept[-1] + 1] if contiguous else video[:, kept]
+        every = video.unbind(1)  # a list of positions would be an index that is copied to the device
+        frames = video[:, kept[0] : kept[-1] + 1] if contiguous else torch.stack([every[t] for t in kept], 1)
         shared = target.batch_size == 1 and len(frames) > 1
         loss, terms = streamed(
             frames.flatten(0, 1).unsqueeze(0) if shared else frames,
@@ -255,8 +256,8 @@ class VCDLoss(nn.Module):
         )
         loss, terms = (t.reshape(len(frames), len(kept), *t.shape[2:]) for t in (loss, terms))
         index = tuple(positions[t] for t in kept)
-        weights = torch.tensor([self.config.weight_of(t, num_frames) for t in index], dtype=loss.dtype)
-        weights = weights.to(loss.device, non_blocking=True)
+        # filled on the device: a copy from the host cannot be captured in a CUDA graph
+        weights = torch.cat([loss.new_full((1,), self.config.weight_of(t, num_frames)) for t in index])
         return loss * weights, terms, weights, index
 
     def _image_terms(self, images: Tensor, target: Target) -> tuple[Tensor, Tensor]:
@@ -339,6 +340,7 @@ def _shared_vgg19(
     return VGG19Features(layers=layers).to(device, dtype)
 
 
+@_untraced
 def vcd_loss(
     video: Tensor,
     condition: Tensor | Target | None = None,

@@ -21,6 +21,7 @@ from vcd_fast.distance.backends.ranked import Rows
 from vcd_fast.distance.bins import mirror_index
 from vcd_fast.distance.config import SlicingConfig
 from vcd_fast.distance.lists import Lists, Samples, project, spectrum_samples, split
+from vcd_fast.distance.precision import exact_conv_transpose2d, exact_matmul, may_round
 from vcd_fast.distance.spectrum import half_plane_sizes
 from vcd_fast.distance.target import SortedTarget
 
@@ -222,7 +223,7 @@ def _project(
     samples: Samples, config: SlicingConfig, projections: Tensor | None, height: int, width: int, buffer: Tensor | None
 ) -> Tensor:
     """`project`, into `buffer` where that can be: allocating and freeing for every chunk leaves holes in the heap."""
-    if buffer is None:
+    if buffer is None or may_round(samples.values, "matmul"):
         return project(samples, config, projections, height, width).contiguous()
     shape = (len(samples.values), len(projections), samples.values.shape[-1])
     out = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
@@ -239,7 +240,9 @@ def _add_projected_back(
     width: int,
 ) -> None:
     """Add the adjoint of `project`, applied to derivatives [g, k, n'], to `slopes` [g, C, n]."""
-    if config.slicing == "channel":
+    if config.slicing == "channel" and may_round(slopes, "matmul"):
+        slopes += exact_matmul(projections.T, projected)
+    elif config.slicing == "channel":
         torch.baddbmm(slopes, projections.T.expand(len(slopes), -1, -1), projected, out=slopes)
     elif config.slicing == "flat":
         m = slopes.shape[-1] - singles
@@ -250,7 +253,7 @@ def _add_projected_back(
         size = config.patch_size
         filters = projections.unflatten(1, (slopes.shape[1], size, size))
         plane = projected.unflatten(-1, (height - size + 1, width - size + 1))
-        slopes += torch.nn.functional.conv_transpose2d(plane, filters).flatten(2)
+        slopes += exact_conv_transpose2d(plane, filters).flatten(2)
 
 
 def _compare(
@@ -274,7 +277,9 @@ def _compare(
         counted = [array[pick, fixed_rows] for array in of_target]
         sums = total[some, rows]
         sides, counted = ([_as_rows(a, sums.size) for a in arrays] for arrays in (sides, counted))
-        sums[...] = compare(Rows(*sides, fixed.form, p, bins and bins.key, *counted), workspace).reshape(sums.shape)
+        block_rows = Rows(*sides, fixed.form, p, bins and bins.key, *counted)
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities end in a sum that is none, which says it
+            sums[...] = compare(block_rows, workspace).reshape(sums.shape)
 
     if step >= count:  # whole samples: all of their directions are adjacent
         several = max(1, step // count)

@@ -56,6 +56,23 @@ def test_least_image(vgg):
     assert vgg(torch.rand(1, 3, 16, 16))["relu5_1"].shape == (1, 512, 1, 1)
 
 
+def test_convolutions_keep_no_input(vgg):
+    """Its graph holds the outputs of the ReLUs, the indices of the pools and the weights, nothing else and nothing twice."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        found = vgg(torch.rand(2, 3, 32, 48, requires_grad=True))
+    weights = {p.untyped_storage().data_ptr() for p in vgg.parameters()}
+    values = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights)
+    maps = [(64, 2, 1), (128, 2, 2), (256, 4, 4), (512, 4, 8), (512, 1, 16)]
+    outputs = sum(4 * 2 * channels * count * (32 // stride) * (48 // stride) for channels, count, stride in maps)
+    pools = sum(8 * 2 * channels * (32 // stride // 2) * (48 // stride // 2) for channels, _, stride in maps[:4])
+    statistics = 2 * 3 * 4
+    assert values <= outputs + pools + statistics
+    assert found["relu5_1"].requires_grad
+
+
 def test_no_graph_without_a_gradient_to_compute(vgg):
     assert not any(x.requires_grad for x in vgg(torch.rand(1, 3, 16, 16)).values())
     assert all(x.requires_grad for x in vgg(torch.rand(1, 3, 16, 16, requires_grad=True)).values())

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import vcd_fast
 from vcd_fast.distance.streaming import chunks
 
 
@@ -123,6 +124,33 @@ def test_checkpointing_runs_the_loss_twice_not_more(tiny_loss, extractor, clip, 
     torch.testing.assert_close(video.grad, want)
 
 
+def test_offloading_runs_the_loss_once(tiny_loss, extractor, clip):
+    video = clip(1, 3).requires_grad_()
+    loss = tiny_loss(chunk_frames=1)
+    target = loss.prepare(video[:, 0].detach())
+    loss(video, target).backward()
+    want, video.grad = video.grad, None
+    extractor.calls = 0
+    with torch.autograd.graph.save_on_cpu():
+        value = loss(video * 1.0, target)
+    value.backward()
+    assert extractor.calls == 2
+    torch.testing.assert_close(video.grad, want)
+
+
+def test_what_is_kept_of_a_half_precision_video_is_float32(clip):
+    def extractor(images):
+        return {"one": images.float()}
+
+    kept, video = [], clip(1, 3).half().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = vcd_fast.vcd_loss(video, extractor=extractor, layers=("one",), num_projections=4)
+    assert [t.dtype for t in kept if t.ndim == 5] == [torch.float32]
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert video.grad.dtype == torch.float16
+
+
 def test_a_second_derivative_is_refused(tiny_loss, clip):
     video = clip().requires_grad_()
     (gradient,) = torch.autograd.grad(tiny_loss()(video), video, create_graph=True)
@@ -151,15 +179,29 @@ def test_gradient_has_the_videos_dtype(tiny_loss, clip):
     assert video.grad.dtype == torch.bfloat16
 
 
-def test_compiled_code_calls_it_uncompiled(tiny_loss, extractor, clip):
-    loss = tiny_loss()
+@pytest.mark.parametrize("function", [False, True])
+def test_compiled_code_calls_it_uncompiled(tiny_loss, extractor, clip, function):
+    """A graph break, and a program that wants none is told."""
+    loss, options = tiny_loss(), {"extractor": extractor, "layers": ("one", "two"), "num_projections": 8}
 
     def reward(video):
-        return -loss(video * 0.5) * 2
+        found = vcd_fast.vcd_loss(video * 0.5, **options) if function else loss(video * 0.5)
+        return -found * 2
 
     video = clip().requires_grad_()
     want = reward(video)
     (gradient,) = torch.autograd.grad(want, video)
-    got = torch.compile(reward, backend="eager")(video)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph.forward
+
+    got = torch.compile(reward, backend=backend)(video)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, video)[0], gradient)
+    assert len(graphs) == 2, "what stands before it and what stands behind it"
+    assert all(len(nodes) <= 2 for nodes in graphs), graphs
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(reward, backend="eager", fullgraph=True)(video)

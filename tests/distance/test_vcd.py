@@ -41,13 +41,15 @@ def test_golden_terms_and_loss(golden, vgg64, branch_cut_bound, name):
     assert got.weights.tolist() == [(n - f) / n for f in range(1, n)]
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("double", "backend"), [(True, "reference"), (False, "reference"), (False, "simd"), (False, "auto")]
+)
 @pytest.mark.parametrize(("name", "error"), [("vcd_small", 0.06), ("vcd_odd_size", 0.006)])
-def test_golden_gradient(golden, vgg, vgg64, name, error, double):
+def test_golden_gradient(golden, vgg, vgg64, name, error, double, backend):
     """The rounding of an FFT that moves a phase from +π to -π moves ranks: `error` is what it does to these two clips."""
     tensors = golden(name)
     dtype = torch.float64 if double else torch.float32
-    loss = VCDLoss(extractor=vgg64 if double else vgg, projections=directions_of(tensors))
+    loss = VCDLoss(extractor=vgg64 if double else vgg, projections=directions_of(tensors), backend=backend)
     video = tensors["video"].to(dtype).requires_grad_()
     value = loss(video, tensors["condition"].to(dtype))
     torch.testing.assert_close(value.double(), tensors["loss"].mean(), rtol=3e-5, atol=0)
@@ -253,13 +255,15 @@ def test_nan_ends_in_nan_and_stays_in_its_frame(tiny_loss, clip):
     assert got.isnan().tolist() == [[False, False, False], [False, True, False]]
 
 
-def test_autocast_changes_nothing(vgg, clip):
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(vgg, clip, autocast, dtype):
     loss = VCDLoss(extractor=vgg, num_projections=4, layers=("relu1_1", "relu2_1"))
-    video = clip(1, 2, 16, 20).float().requires_grad_()
+    video = clip(1, 2, 16, 20).to(dtype).requires_grad_()
     want = loss(video)
     want.backward()
     gradient, video.grad = video.grad, None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=autocast):
         got = loss(video)
         got.backward()
     assert got.dtype == torch.float32
@@ -274,11 +278,31 @@ def test_half_precision_video_is_computed_in_the_extractors_dtype(vgg, clip):
 
 
 def test_extractor_in_bfloat16(vgg, clip):
-    video = clip(1, 2, 32, 40).float()
-    want = VCDLoss(extractor=vgg, num_projections=16)(video)
-    got = VCDLoss(extractor=copy.deepcopy(vgg), num_projections=16).bfloat16()(video)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, rtol=0.1, atol=0)
+    """Amplitudes and their gradient follow; phases of features with eight bits of mantissa do so in the mean alone."""
+    video = clip(1, 2, 32, 40).float().requires_grad_()
+    gradients = []
+    for options, tolerance in (({"phase_weight": 0.0}, 0.01), ({}, 0.1)):
+        want = VCDLoss(extractor=vgg, num_projections=16, **options)(video)
+        got = VCDLoss(extractor=copy.deepcopy(vgg), num_projections=16, **options).bfloat16()(video)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=0)
+        gradients.append([torch.autograd.grad(loss, video)[0][:, 1].flatten() for loss in (got, want)])
+    assert all(g.dtype == torch.float32 for pair in gradients for g in pair)
+    assert torch.cosine_similarity(*gradients[0], dim=0) > 0.85
+
+
+def test_memory_formats_of_extractor_and_video(vgg, clip):
+    video = clip(1, 3, 32, 40).float().requires_grad_()
+    other = copy.deepcopy(vgg).to(memory_format=torch.channels_last)
+    images = video.detach()[0].contiguous(memory_format=torch.channels_last)
+    assert other(images)["relu3_1"].is_contiguous(memory_format=torch.channels_last)
+    want, got = (
+        VCDLoss(extractor=extractor, num_projections=8)(v)
+        for extractor, v in ((vgg, video), (other, video.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    gradients = [torch.autograd.grad(loss, video)[0] for loss in (got, want)]
+    assert (gradients[0] - gradients[1]).norm() <= 0.02 * gradients[1].norm()
 
 
 def test_inputs_are_left_alone(tiny_loss, clip):

@@ -74,9 +74,9 @@ def _poisoned_memory(monkeypatch):
     def poison(make):
         def filled(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            if tensor.is_floating_point() or tensor.is_complex():
-                return tensor.fill_(float("nan"))
-            return tensor.fill_(torch.iinfo(tensor.dtype).max)
+            real = tensor.is_floating_point() or tensor.is_complex()
+            with torch.no_grad():
+                return tensor.fill_(float("nan") if real else torch.iinfo(tensor.dtype).max)
 
         return filled
 

@@ -1,5 +1,6 @@
 # make train   set up .venv and run the main job on this machine
 # make test    set up .venv if it is missing and run the tests
+# make soak    disturb a run 20 times (SIGKILL, SIGTERM, full disk, one of two processes) and compare it with an undisturbed one
 # Everything behind them is plain pip and python; the README has the same lines to type.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/first
 STAMP := $(VENV)/.installed
 
-.PHONY: train test lint clean
+.PHONY: train test soak lint clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,9 @@ train: $(STAMP)
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: $(STAMP)
+	$(BIN)/python tools/soak.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,136 @@
+"""The study's table, figure and strips from its rows: `python -m examples.tiny_i2v.study.report --output runs/study --docs docs`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+from examples.tiny_i2v.study.arms import ARMS, BASE, BY_NAME
+from examples.tiny_i2v.study.metrics import HIGHER_IS_BETTER
+from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
+from vcd_fast.evaluation.machine import versions
+
+HEADINGS = {
+    "vcd": "VCD ↓", "psnr": "PSNR to the moved picture, dB ↑", "features": "features' cosine ↑", "flicker": "flicker ↓",
+    "motion": "motion / asked", "shown": "motion named shown", "sharpness": "sharpness / picture",
+}  # fmt: skip
+START, END = "<!-- study -->", "<!-- /study -->"
+
+Rows = list[dict[str, object]]
+
+
+def read_rows(folder: Path) -> dict[str, Rows]:
+    """Arm -> rows of all of its training seeds.
+
+    Raises:
+        FileNotFoundError: no base in `folder`.
+    """
+    found: dict[str, Rows] = defaultdict(list)
+    for path in sorted(folder.glob("*-*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found[row["arm"]].append(row)
+    if BASE.name not in found:
+        raise FileNotFoundError(
+            f"{folder} holds no rows of the base model; python -m examples.tiny_i2v.study.run writes them"
+        )
+    return {arm.name: found[arm.name] for arm in (BASE, *ARMS) if arm.name in found}
+
+
+def values_of(rows: Rows, metric: str) -> tuple[list[float], list[int]]:
+    """The values and their clusters, the scenes. Motion asked of a still picture is none, so still ones say nothing about how much."""
+    kept = [row for row in rows if metric != "motion" or row["asked"] != "still"]
+    return [row[metric] for row in kept], [row["scene"] for row in kept]
+
+
+def summary(arms: dict[str, Rows]) -> dict[str, dict[str, object]]:
+    """Arm -> metric -> mean, interval, and against the base (paired by scene): difference, its interval, p."""
+    base = {(row["scene"], row["noise"]): row for row in arms[BASE.name]}
+    found = {}
+    for name, rows in arms.items():
+        found[name] = {"samples": len(rows), "seeds": len({row["seed"] for row in rows})}
+        for metric in HIGHER_IS_BETTER:
+            values, scenes = values_of(rows, metric)
+            entry = dict(zip(("mean", "low", "high"), clustered(values, scenes), strict=True))
+            if name != BASE.name:
+                kept = [row for row in rows if row["scene"] in set(scenes)]
+                differences = [row[metric] - base[row["scene"], row["noise"]][metric] for row in kept]
+                by_scene = defaultdict(list)
+                for row, difference in zip(kept, differences, strict=True):
+                    by_scene[row["scene"]].append(difference)
+                means = [sum(part) / len(part) for part in by_scene.values()]
+                entry["difference"] = dict(zip(("mean", "low", "high"), clustered(differences, scenes), strict=True))
+                entry["p"] = sign_flip_p(means)
+            found[name][metric] = entry
+    return found
+
+
+def table(figures: dict[str, dict[str, object]]) -> str:
+    """Markdown: means with 95 % intervals; bold where a paired test against the base has p < 0.01."""
+    lines = ["| | " + " | ".join(HEADINGS.values()) + " |", "| --- |" + " ---: |" * len(HEADINGS)]
+    for name, entry in figures.items():
+        cells = []
+        for metric in HEADINGS:
+            value = entry[metric]
+            text = f"{value['mean']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
+            cells.append(f"**{text}**" if value.get("p", 1) < 0.01 else text)
+        lines.append(f"| {BY_NAME[name].says} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(figures: dict[str, dict[str, object]], path: Path) -> None:
+    """Every arm's similarity, flicker and motion beside each other, with intervals; the base's as a band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = ("psnr", "flicker", "motion", "sharpness")
+    drawing = Figure(figsize=(12, 0.36 * len(figures) + 1.4), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = drawing.subplots(1, len(shown), sharey=True)
+    names = list(figures)
+    for axis, metric in zip(axes, shown, strict=True):
+        base = figures[BASE.name][metric]
+        axis.axvspan(base["low"], base["high"], color="#d8dde3")
+        for row, name in enumerate(names):
+            value = figures[name][metric]
+            colour = "#566270" if name == BASE.name else "#c4501b" if name == "vcd" else "#2a6f97"
+            axis.plot([value["low"], value["high"]], [row, row], color=colour, linewidth=2)
+            axis.plot(value["mean"], row, "o", color=colour, markersize=5)
+        axis.set_title(HEADINGS[metric], fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(names)), [BY_NAME[name].says for name in names])
+    axes[0].invert_yaxis()
+    drawing.savefig(path, dpi=130)
+
+
+def commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder study.run wrote to")
+    parser.add_argument(
+        "--docs", type=Path, required=True, help="folder of does-it-work.md; its table, data/study.json and study.png"
+    )
+    options = parser.parse_args()
+
+    figures = summary(read_rows(options.output))
+    (options.docs / "data").mkdir(parents=True, exist_ok=True)
+    record = {"command": "make study", "commit": commit(), "versions": versions(), "arms": figures}
+    (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+    figure(figures, options.docs / "study.png")
+    page = options.docs / "does-it-work.md"
+    if page.is_file() and START in (text := page.read_text()):
+        before, after = text.split(START)[0], text.split(END)[1]
+        page.write_text(f"{before}{START}\n{table(figures)}\n{END}{after}")
+    print(table(figures))
+
+
+if __name__ == "__main__":
+    main()

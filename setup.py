@@ -11,8 +11,10 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "vcd_fast" / "version.py"
 CORE = ["torch>=2.8", "numpy>=1.26", "safetensors>=0.4.3", "huggingface_hub>=0.24"]
 # PyAV before 17 converts BT.709 videos with BT.601's matrix
 CLI = ["av>=17", "pillow>=10", "rich>=13", "typer>=0.15", "matplotlib>=3.8"]
+CPU = ["numba>=0.60"]
 TRAIN = [
     *CLI,
+    *CPU,
     "diffusers>=0.42",
     "transformers>=5.0",
     "peft>=0.18",
@@ -30,6 +32,7 @@ TRAIN = [
 GPU = ["triton>=3.4; sys_platform == 'linux'", "xformers>=0.0.32; sys_platform == 'linux'"]
 EVAL = [*CLI, "scipy>=1.11"]
 TEST = [
+    *CPU,
     "pytest>=8",
     "pytest-benchmark>=4",
     "pytest-xdist>=3.5",
@@ -57,6 +60,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "cli": CLI,
+        "cpu": CPU,
         "train": TRAIN,
         "gpu": GPU,
         "eval": EVAL,

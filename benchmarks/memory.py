@@ -112,7 +112,7 @@ def main(request: str) -> None:
     from benchmarks.providers import workload
 
     case = Case(**{**asked["case"], "size": tuple(asked["case"]["size"])})
-    tiny = dataclasses.replace(case, size=(80, 80), num_projections=2, frames=1)
+    tiny = dataclasses.replace(case, size=(80, 80), num_projections=8, frames=1)
     device = torch.device("cpu")
 
     def once(case: Case) -> Callable[[], None]:

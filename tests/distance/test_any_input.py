@@ -11,23 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcd_fast import sliced_wasserstein, sort_target
-from vcd_fast.distance.backends import binning, simd
+from vcd_fast.distance.backends import compiled, ranked, rows, simd
 from vcd_fast.distance.config import SlicingConfig
 
-BACKENDS = ("reference", "auto", "simd sorted", "simd counted")
+BACKENDS = ("reference", "auto", "simd in NumPy", "simd compiled")
 bounded = settings(max_examples=120, deadline=None, derandomize=True)
 
 
 @contextlib.contextmanager
 def backend_of(name):
-    """The backend's name in the library; inside, `simd` leaves nothing to the reference and takes the way that is named."""
+    """The backend's name in the library; inside, `simd` leaves nothing to the reference, takes the way that is named, and many chunks."""
     if not name.startswith("simd"):
         yield name
         return
-    short = 0 if name == "simd counted" else 1 << 30
+    module = compiled if name == "simd compiled" else ranked
     with (
-        mock.patch.multiple(simd, SMALL_ROW=0, SMALL_PROBLEM=0, BLOCK_VALUES=60, CHUNK_VALUES=400),
-        mock.patch.object(binning, "SHORT_ROW", short),
+        mock.patch.multiple(simd, SMALL_ROW=0, SMALL_PROBLEM=0, CHUNK_VALUES=400),
+        mock.patch.multiple(rows, COMPILED_VALUES=1, implementation=lambda: module),
     ):
         yield "simd"
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vcd_fast import sliced_wasserstein, sort_target
 from vcd_fast.distance import precision, sliced
-from vcd_fast.distance.backends import simd
+from vcd_fast.distance.backends import ranked, rows, simd
 
 
 @pytest.fixture(autouse=True)
@@ -148,17 +148,16 @@ def test_its_gradient_has_no_derivative_inside_another_program():
 def test_as_many_threads_as_pytorch_may_use_whoever_calls(monkeypatch, count, elsewhere):
     """A barrier that opens for `count` threads at once: with fewer it would not open, and more are counted."""
     barrier, seen = threading.Barrier(count, timeout=20), set()
-    inner_run, inner_compare = simd._run, simd.compare
+    inner = ranked.compare
 
     def compare(*args):
         seen.add(threading.get_ident())
         barrier.wait()
-        return inner_compare(*args)
+        return inner(*args)
 
-    monkeypatch.setattr(simd, "THREADED_VALUES", 0)
-    monkeypatch.setattr(simd, "BLOCK_VALUES", 500)
-    monkeypatch.setattr(simd, "compare", compare)
-    monkeypatch.setattr(simd, "_run", lambda work, blocks, size: inner_run(work, blocks[: 2 * count], size))
+    monkeypatch.setattr(rows, "THREADED_VALUES", 0)
+    monkeypatch.setattr(rows, "implementation", lambda: ranked)
+    monkeypatch.setattr(ranked, "compare", compare)
     x, y = maps(1, 3, 30, 40)
     target = sort_target(y, num_projections=16, phase_weight=0.0)
     before = torch.get_num_threads()

@@ -46,17 +46,6 @@ def test_half_form_takes_half_the_memory():
     assert target.nbytes == 4 * (values + 8 * 3)
 
 
-def test_counts_take_twice_the_memory_at_most():
-    """Long lists for p = 1 on the CPU alone."""
-    y = maps(1, 3, 120, 110)
-    lists = sum(part.representatives.nbytes for part in sort_target(y, num_projections=8).parts)
-    counts = sum(bins.nbytes for bins in sort_target(y, num_projections=8).bins)
-    assert 0 < counts < 2 * lists
-    assert (
-        sort_target(y, p=2).bins == sort_target(y.double()).bins == sort_target(maps(1, 3, 40, 30)).bins == (None, None)
-    )
-
-
 def test_one_target_serves_many_maps():
     y, x = maps(1, 3, 6, 5), maps(4, 3, 6, 5, seed=2)
     target = sort_target(y, num_projections=6, seed=3, p=2, amplitude_weight=0.5, layer="relu")

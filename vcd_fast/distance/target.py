@@ -8,13 +8,11 @@ is `merge(repeat(representatives, 2), self_conjugate)` for even ones; for odd on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vcd_fast.distance.backends.binning import TargetBins
+from vcd_fast.distance.backends.rows import sort_values
 from vcd_fast.distance.config import SlicingConfig
 from vcd_fast.distance.lists import Lists, projected_lists
 from vcd_fast.distance.projections import draw_projections, given_projections
@@ -31,8 +29,6 @@ class SortedTarget:
     config: SlicingConfig
     shape: tuple[int, int, int]
     """channels, height, width of the feature maps"""
-    bins: tuple[TargetBins | None, ...]
-    """on the CPU, for p = 1: counts of long lists by bin, with which frames are compared without sorting them; None where not kept"""
 
     @property
     def batch_size(self) -> int:
@@ -50,31 +46,17 @@ class SortedTarget:
     def nbytes(self) -> int:
         tensors = [t for part in self.parts for t in (part.representatives, part.self_conjugate)]
         tensors += [] if self.projections is None else [self.projections]
-        return sum(t.nbytes for t in tensors) + sum(bins.nbytes for bins in self.bins if bins is not None)
+        return sum(t.nbytes for t in tensors)
 
     def to(self, device: torch.device | str) -> SortedTarget:
         parts = tuple(Lists(p.representatives.to(device), p.self_conjugate.to(device), p.form) for p in self.parts)
         projections = None if self.projections is None else self.projections.to(device)
-        bins = self.bins if parts[0].representatives.device == self.device else bins_of(parts, self.config)
-        return dataclasses.replace(self, parts=parts, projections=projections, bins=bins)
+        return dataclasses.replace(self, parts=parts, projections=projections)
 
     def __getitem__(self, samples: slice) -> SortedTarget:
         """The same for some samples of the batch."""
         parts = tuple(Lists(p.representatives[samples], p.self_conjugate[samples], p.form) for p in self.parts)
-        bins = tuple(None if bins is None else bins[samples] for bins in self.bins)
-        return dataclasses.replace(self, parts=parts, bins=bins)
-
-
-def sort_values(values: Tensor) -> Tensor:
-    """A sorted copy of values [.., n]: ascending along the last dimension, NaN last."""
-    if values.device.type != "cpu":
-        return values.sort(-1).values
-    # SIMD, an order of magnitude faster than torch.sort, which also carries int64 indices
-    return torch.from_numpy(np.sort(values.numpy(), -1))
-
-
-def bins_of(parts: Sequence[Lists], config: SlicingConfig) -> tuple[TargetBins | None, ...]:
-    return tuple(TargetBins.of(part.representatives, part.form) if config.p == 1 else None for part in parts)
+        return dataclasses.replace(self, parts=parts)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -109,8 +91,7 @@ def sort_target(
 
     Returns:
         Lists in float32 (float64 for float64 input), in half form where the spectrum allows it: 4·(m + s) bytes per direction, part
-        and sample, with m + s about H·W/2; on the CPU with p = 1 half as much to twice
-        as much again (the longer the lists the less) for counts.
+        and sample, with m + s about H·W/2.
 
     Raises:
         TypeError, ValueError: wrong type, shape or option; a map smaller than the patch.
@@ -148,4 +129,4 @@ def sort_target(
     for values, alone, form in lists:
         values = values.abs() if form == "odd" else values
         parts.append(Lists(sort_values(values), sort_values(alone), form))
-    return SortedTarget(tuple(parts), projections, config, (channels, height, width), bins_of(parts, config))
+    return SortedTarget(tuple(parts), projections, config, (channels, height, width))

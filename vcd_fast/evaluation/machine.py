@@ -27,6 +27,7 @@ PACKAGES = {
     "peft": "train",
     "deepspeed": "train",
     "pydantic": "train",
+    "numba": "cpu",
     "triton": "gpu",
     "xformers": "gpu",
 }

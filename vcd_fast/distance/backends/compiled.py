@@ -1,18 +1,28 @@
 """Rows compared with a sorted target by machine code that numba compiles: what `ranked` does, several times faster.
 
 numba is optional (the extra "cpu") and imported here alone. Functions are compiled when first called, in seconds, and kept on disk: beside
-this file or, where that cannot be written, in the user's cache folder (`NUMBA_CACHE_DIR` names another). They let go of the interpreter.
+this file or, where that cannot be written, in the user's cache folder (`NUMBA_CACHE_DIR` names another). They let go of the interpreter,
+so that threads really run side by side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
-_compiled = numba.njit(nogil=True, cache=True)
+from vcd_fast.distance.lists import Form
 
-WHOLE, EVEN, ODD = 0, 1, 2
-"""forms by their number in `ranked.FORMS`"""
+WHOLE, EVEN, ODD = range(3)
+FORMS: dict[Form, int] = {"whole": WHOLE, "even": EVEN, "odd": ODD}
+
+
+def _compiled(function: Callable) -> Callable:
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder to keep it in: every process compiles anew
+        return numba.njit(nogil=True)(function)
 
 
 @_compiled
@@ -23,7 +33,7 @@ def _sort(values, of_magnitudes, words, spare, ordered):
     counts of all three passes stay in the fastest cache.
     """
     bits, found = values.view(np.uint32), ordered.view(np.uint32)
-    low, middle, high = np.zeros(2048, np.int32), np.zeros(2048, np.int32), np.zeros(1024, np.int32)
+    low, middle, high = np.zeros(2048, np.uint32), np.zeros(2048, np.uint32), np.zeros(1024, np.uint32)
     for i in range(len(bits)):
         b = bits[i]
         size = b & np.uint32(0x7FFFFFFF)
@@ -38,7 +48,7 @@ def _sort(values, of_magnitudes, words, spare, ordered):
         high[key >> np.uint32(22)] += 1
         words[i] = (np.uint64(key) << np.uint64(32)) | np.uint64(i)
     for counts in (low, middle, high):
-        start = np.int32(0)
+        start = np.uint32(0)
         for j in range(len(counts)):
             count = counts[j]
             counts[j] = start
@@ -64,71 +74,115 @@ def _sort(values, of_magnitudes, words, spare, ordered):
 
 
 @_compiled
-def _merge(values, singles, form, places, full):
-    """The full list of ascending representatives [m] and single values [S], which get the positions `places`, behind pairs equal to them."""
-    m, done = len(values), 0
-    pairs = m if form == WHOLE else 2 * m
-    for j in range(len(singles) + 1):
-        if j == len(singles):
-            end = pairs
-        elif form == ODD and singles[j] < 0:
-            end = m - np.searchsorted(values, -singles[j])
+def _pairs_up_to(single, values, form):
+    """How many values of the pairs of ascending representatives are <= single."""
+    mirrored = form == ODD and single < 0  # -v <= single where v >= -single
+    first, last = 0, len(values)
+    while first < last:
+        middle = (first + last) // 2
+        if values[middle] < -single if mirrored else values[middle] <= single:
+            first = middle + 1
         else:
-            end = np.searchsorted(values, singles[j], side="right")
-            end = m + end if form == ODD else 2 * end if form == EVEN else end
-        for i in range(done, end):
-            if form == WHOLE:
-                full[i + j] = values[i]
-            elif form == EVEN:
-                full[i + j] = values[i >> 1]
-            else:
-                full[i + j] = values[i - m] if i >= m else -values[m - 1 - i]
+            last = middle
+    if form == ODD:
+        return len(values) - first if mirrored else len(values) + first
+    return first if form == WHOLE else 2 * first
+
+
+@_compiled
+def _merge(values, singles, form, full):
+    """The full ascending list of representatives and single values, both ascending; the latter stand behind pairs equal to them."""
+    m, done = len(values), 0
+    for j in range(len(singles) + 1):
+        end = _pairs_up_to(singles[j], values, form) if j < len(singles) else len(full) - j
+        piece = full[done + j : end + j]
+        if form == ODD:
+            for i in range(done, min(end, m)):
+                piece[i - done] = -values[m - 1 - i]
+            for i in range(max(done, m), end):
+                piece[i - done] = values[i - m]
+        else:
+            shift = np.uint64(form == EVEN)
+            for i in range(len(piece)):
+                piece[i] = values[np.uint64(done + i) >> shift]
         if j < len(singles):
-            places[j] = end + j
             full[end + j] = singles[j]
         done = end
 
 
 @_compiled
-def compare(rows, m, target, target_singles, form, p, total, first, last, owners, offset):
-    """ """
-    count, s = rows.shape[1], rows.shape[2] - m
-    n = s + (m if form == WHOLE else 2 * m)
+def _cost(difference, p):
+    return abs(difference) if p == 1 else difference * difference
+
+
+@_compiled
+def _slope(difference, p):
+    return np.float32(difference > 0) - np.float32(difference < 0) if p == 1 else 2 * difference
+
+
+@_compiled
+def _compare(rows, target, target_singles, owners, offset, form, p, total, first, last):
+    m, s = target.shape[2], target_singles.shape[2]
     words, spare, ordered = np.empty(m, np.uint64), np.empty(m, np.uint64), np.empty(m, np.float32)
     single_words, single_spare, singles = np.empty(s, np.uint64), np.empty(s, np.uint64), np.empty(s, np.float32)
-    x, y = np.empty(n, np.float32), np.empty(n, np.float32)
-    places, target_places = np.empty(s, np.int64), np.empty(s, np.int64)
+    y = np.empty(s + (m if form == WHOLE else 2 * m), np.float32)
+    low_half = np.uint64(0xFFFFFFFF)
     for row in range(first, last):
-        g, k = row // count, row % count
-        values, alone = rows[g, k, :m], rows[g, k, m:]
+        g, k = divmod(row, rows.shape[1])
+        values, alone = rows[g, k, :m], rows[g, k, m : m + s]
         _sort(values, form == ODD, words, spare, ordered)
         _sort(alone, False, single_words, single_spare, singles)
-        _merge(ordered, singles, form, places, x)
-        _merge(target[owners[g], offset + k], target_singles[owners[g], offset + k], form, target_places, y)
-        cost = 0.0
-        for i in range(n):
-            d = x[i] - y[i]
-            if p == 1:
-                cost += abs(d)
-                x[i] = np.float32(d > 0) - np.float32(d < 0)
-            else:
-                cost += d * d
-                x[i] = 2 * d
-        total[g, k] = cost
-        done = 0
-        for j in range(s + 1):
-            end = places[j] if j < s else n
-            for i in range(done, end):
-                x[i - j] = x[i]
-            if j < s:
-                alone[single_spare[j] & np.uint64(0xFFFFFFFF)] = x[end]
-            done = end + 1
+        _merge(target[owners[g], offset + k], target_singles[owners[g], offset + k], form, y)
+        cost, smaller, smaller_than_mirrored = 0.0, 0, s
         for i in range(m):
-            at = spare[i] & np.uint64(0xFFFFFFFF)
+            at, v = spare[i] & low_half, ordered[i]
+            while smaller < s and singles[smaller] < v:
+                smaller += 1
             if form == WHOLE:
-                values[at] = x[i]
+                d = v - y[smaller + i]
+                cost += _cost(d, p)
+                values[at] = _slope(d, p)
             elif form == EVEN:
-                values[at] = x[2 * i] + x[2 * i + 1]
+                d, e = v - y[2 * i + smaller], v - y[2 * i + smaller + 1]
+                cost += _cost(d, p) + _cost(e, p)
+                values[at] = _slope(d, p) + _slope(e, p)
             else:
-                slope = x[m + i] - x[m - 1 - i]
+                while smaller_than_mirrored > 0 and not singles[smaller_than_mirrored - 1] < -v:
+                    smaller_than_mirrored -= 1
+                d, e = v - y[m + i + smaller], -v - y[m - 1 - i + smaller_than_mirrored]
+                cost += _cost(d, p) + _cost(e, p)
+                slope = _slope(d, p) - _slope(e, p)
                 values[at] = -slope if values[at] < 0 else slope
+        for j in range(s):
+            d = singles[j] - y[_pairs_up_to(singles[j], ordered, form) + j]
+            cost += _cost(d, p)
+            alone[single_spare[j] & low_half] = _slope(d, p)
+        total[g, k] = cost
+
+
+@_compiled
+def _sort_rows(source, ordered, first, last):
+    words, spare = np.empty(source.shape[1], np.uint64), np.empty(source.shape[1], np.uint64)
+    for row in range(first, last):
+        _sort(source[row], False, words, spare, ordered[row])
+
+
+def sort(source: np.ndarray, ordered: np.ndarray, first: int, last: int) -> None:
+    """`ranked.sort`, of contiguous float32 arrays."""
+    _sort_rows(source, ordered, first, last)
+
+
+def compare(
+    values: np.ndarray,
+    target: np.ndarray,
+    target_singles: np.ndarray,
+    owners: np.ndarray,
+    offset: int,
+    form: Form,
+    p: int,
+    total: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    """`ranked.compare`, of contiguous arrays."""
+    _compare(values, target, target_singles, owners, offset, FORMS[form], p, total, first, last)

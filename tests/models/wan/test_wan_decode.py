@@ -50,6 +50,25 @@ def test_equals_vae_decode_bit_for_bit(latents, dtype):
         assert 0 <= found.min() < found.max() <= 1
 
 
+@pytest.mark.parametrize("checkpointing", ["chunk", "resnet"])
+def test_a_vae_that_puts_patches_into_channels(latents, weights, checkpointing):
+    """As the small trained model's: two halvings of size and one of 2 x 2 pixels to a channel, shortcuts around the blocks."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=16, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2,
+    ).requires_grad_(False)  # fmt: skip
+    expected = stock_decode(vae, latents)
+    assert expected.shape == (2, 9, 3, 16, 32)
+    stock = gradient(lambda z, frames: stock_decode(vae, z), latents, weights, list(range(9)))
+    decoder = WanDecoder(vae, checkpointing=checkpointing)
+    assert torch.equal(decoder(latents), expected)
+    assert torch.equal(decoder(latents, [0, 6]), expected[:, [0, 6]])
+    torch.testing.assert_close(gradient(decoder, latents, weights, list(range(9))), stock, atol=1e-4, rtol=1e-4)
+
+
 def test_clamped_pixels_have_no_gradient_as_in_vae_decode(latents, weights):
     """These random weights never leave [-1, 1] by themselves."""
     vae = tiny_vae().requires_grad_(False)

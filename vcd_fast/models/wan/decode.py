@@ -85,7 +85,7 @@ class WanDecoder:
                 if self.context == "truncated":
                     cache = [entry.detach() if isinstance(entry, Tensor) else entry for entry in cache]
                 if index in wanted:
-                    decoded[index] = pixels.clamp(-1, 1)
+                    decoded[index] = self._unpatched(pixels).clamp(-1, 1)
                 del pixels
         return decoded
 
@@ -93,6 +93,14 @@ class WanDecoder:
         entries = list(cache)
         pixels = self.vae.decoder(z, feat_cache=entries, feat_idx=[0], first_chunk=first)
         return (pixels, *entries)
+
+    def _unpatched(self, pixels: Tensor) -> Tensor:
+        """Undo the patches some VAEs of this class put into channels; Wan 2.1's has none."""
+        if self.vae.config.patch_size is None:
+            return pixels
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        return unpatchify(pixels, patch_size=self.vae.config.patch_size)
 
 
 def denormalise(latents: Tensor, config: Any) -> Tensor:

@@ -70,7 +70,7 @@ IMPORTED = (
 )
 """before anything is forked, so that every start need not"""
 PATIENCE = 300.0
-"""seconds within which anything has to happen"""
+"""seconds a run may be silent"""
 
 
 class Failed(Exception):
@@ -88,6 +88,7 @@ class Attempt:
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": str(free_port())}
         self.codes: list[int | None] = [None] * ranks
+        self._heard = 0, self.started
         self._pids, self._pipes, self._said = [], [], [b""] * ranks
         sys.stdout.flush()
         for rank in range(ranks):
@@ -144,29 +145,31 @@ class Attempt:
 
     def until(self, condition: Callable[[], bool]) -> bool:
         """Wait; False if the run was finished first."""
-        deadline = time.monotonic() + PATIENCE
         while not condition():
             if any(self.ended):
                 if any(self.wait()):
                     raise Failed(f"ended before it was disturbed:\n{self.tail()}")
                 return False
-            if time.monotonic() > deadline:
-                raise Failed(f"nothing happened for {PATIENCE:.0f} s:\n{self.tail()}")
-            time.sleep(0.002)
+            self._be_patient()
         return True
 
     def wait(self) -> list[int]:
         """Exit codes, once all processes have ended."""
-        deadline, told = time.monotonic() + PATIENCE, False
+        told = False
         while not all(self.ended):
-            _ = self.said  # a full pipe would stop them
             if not told and any(self.codes):
                 self.send(signal.SIGTERM)
                 told = True
-            if time.monotonic() > deadline:
-                raise Failed(f"did not end within {PATIENCE:.0f} s:\n{self.tail()}")
-            time.sleep(0.005)
+            self._be_patient()
         return [code for code in self.codes if code is not None]
+
+    def _be_patient(self) -> None:
+        said = sum(map(len, self.said))  # also empties the pipes: full ones would stop the processes
+        if said != self._heard[0]:
+            self._heard = said, time.monotonic()
+        if time.monotonic() > self._heard[1] + PATIENCE:
+            raise Failed(f"nothing was said for {PATIENCE:.0f} s:\n{self.tail()}")
+        time.sleep(0.002)
 
     def close(self) -> None:
         """Whatever happens, nothing is left running."""

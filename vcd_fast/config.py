@@ -69,6 +69,11 @@ def _check_together(config: RunConfig) -> None:
     """What no section can see alone."""
     if config.model.dtype == "float16":
         raise ValueError("configuration: model.dtype: expected bfloat16 or float32 for training, got 'float16'")
+    if config.rollout.offload in ("window", "both") and config.training.zero == 3:
+        raise ValueError(
+            f"configuration: rollout.offload: expected none or decode with training.zero 3, got {config.rollout.offload!r}: weights that are "
+            "gathered for a step would be moved with what it keeps"
+        )
     most = config.model.num_frames - 1
     if config.reward.frames_per_step > most:
         raise ValueError(
@@ -158,11 +163,22 @@ def _explain(section: str, entry: Mapping[str, Any]) -> str:
 # --- command line ------------------------------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str], prog: str) -> tuple[RunConfig, argparse.Namespace]:
+TRAINING = "Fine-tune a LoRA of an image-to-video model on pictures alone, by backpropagating the Video Consistency Distance through the sampler."
+
+
+def parse(
+    argv: Sequence[str],
+    prog: str,
+    description: str = TRAINING,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> tuple[RunConfig, argparse.Namespace]:
     """Read the command line of a training run.
 
+    Args:
+        add_options: adds those that another command has besides.
+
     Returns:
-        the configuration and the remaining switches (`dry_run`, `local_rank`).
+        the configuration and the remaining switches (`dry_run`, `local_rank`, those of `add_options`).
 
     Raises:
         ValueError: see `compose`.
@@ -181,10 +197,11 @@ def parse(argv: Sequence[str], prog: str) -> tuple[RunConfig, argparse.Namespace
         prog=prog,
         allow_abbrev=False,
         usage="%(prog)s --model {wan,opensora} [--preset NAME] [--config FILE] [options]",
-        description="Fine-tune a LoRA of an image-to-video model on pictures alone, by backpropagating the Video Consistency "
-        "Distance through the sampler. Precedence: defaults < --preset < --config < options.",
+        description=f"{description} Precedence: defaults < --preset < --config < options.",
     )
     _add_leading_options(parser)
+    if add_options is not None:
+        add_options(parser)
     # Without a family only the help can be shown, and Wan's stands for it.
     destinations = _add_sections(parser, family_name or "wan", preset if family_name else None)
     arguments, unknown = parser.parse_known_args(argv)

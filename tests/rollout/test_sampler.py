@@ -267,7 +267,7 @@ class MaskedModel:
     def block_checkpointing(self, enabled):
         return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()
 
-    def velocity(self, state, step, condition, forward=None):
+    def velocity(self, state, step, condition, forward=None, branchwise=None):
         return self.w * torch.sin(state.latents) * step.timestep
 
     def advance(self, state, velocity, step):

@@ -25,6 +25,8 @@ FAMILIES = {"wan": "vcd_fast.models.wan", "opensora": "vcd_fast.models.opensora"
 
 Generators = torch.Generator | Sequence[torch.Generator]
 C = TypeVar("C", bound="Condition")
+Branchwise = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""(branch, latents) -> branch(latents), which a backward may recompute: a branch is a pure function of the latents"""
 
 
 def family(name: str) -> ModuleType:
@@ -32,7 +34,8 @@ def family(name: str) -> ModuleType:
 
     It exports `ModelSettings` (a subclass of `BaseModelSettings`), `load_encoder(settings) -> Encoder`,
     `load_model(settings) -> I2VModel`, `load_meta(settings) -> I2VModel` (on the meta device, nothing but configurations read),
-    `missing_weights(settings) -> list[hub.Missing]`, `LORA_TARGETS` (named lists of module-name suffixes, one of them "default") and
+    `missing_weights(settings) -> list[hub.Missing]`; for counting memory `shaped_model(settings)`, `shaped_condition(model, batch)` (on the
+    meta device, in a run's dtypes) and `encoder_bytes(settings)`; `LORA_TARGETS` (named lists of module-name suffixes, one of them "default") and
     `DEFAULT_PRESET` (the preset of its published weights); and, if other tools name its layers otherwise, `comfy_module_name` and its inverse `model_module_name`; and, if the step cache's plan
     is a function of the timesteps, `fill_time_embedding(transformer, settings) -> bool`, which reads that much for a model on the meta
     device.
@@ -204,6 +207,8 @@ class I2VModel(Protocol):
     family: str
     """a key of `FAMILIES`"""
     transformer: nn.Module
+    vae: nn.Module
+    """frozen; what `decode` runs"""
     settings: BaseModelSettings
     lora_targets: Mapping[str, Sequence[str]]
     """the family's `LORA_TARGETS`"""
@@ -230,10 +235,16 @@ class I2VModel(Protocol):
         ...
 
     def velocity(
-        self, state: State, step: Step, condition: Condition, forward: Callable[..., object] | None = None
+        self,
+        state: State,
+        step: Step,
+        condition: Condition,
+        forward: Callable[..., object] | None = None,
+        branchwise: Branchwise | None = None,
     ) -> Tensor:
         """dx/dt in float32, shape of `state.latents`, guidance combined. `forward` stands in for `self.transformer`
-        (the training engine's wrapper); what it is called with must not depend on which it is."""
+        (the training engine's wrapper); what it is called with must not depend on which it is. `branchwise` calls every branch of
+        guidance that is a forward of its own, where given."""
         ...
 
     def advance(self, state: State, velocity: Tensor, step: Step) -> State:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Kind = Literal["last", "random", "spaced", "all"]
 Checkpointing = Literal["none", "block", "step", "both"]
+Offload = Literal["none", "window", "decode", "both"]
 ALLOWED = "last:K (the last K steps), random:K (K drawn steps), spaced:K (K evenly spaced steps, input gradient stopped) or all"
 
 
@@ -29,7 +30,13 @@ class RolloutSettings(BaseModel):
     checkpointing: Checkpointing = Field(
         "block",
         description="what the backward recomputes: nothing, every block, every step (nothing of a step is kept while the reward is "
-        "computed), or both (least memory)",
+        "computed, and its branches of guidance are recomputed one after the other), or both (least memory)",
+    )
+    offload: Offload = Field(
+        "none",
+        description="what waits in the CPU's memory for the backward, exactly: what differentiated steps keep (`window`; with checkpointing none "
+        "or block), what the decode keeps (`decode`; then the GPU's memory does not depend on the number of frames decoded), or both; with "
+        "ZeRO stages 0 to 2",
     )
 
     step_cache: Literal["none", "teacache"] = Field(
@@ -71,12 +78,17 @@ class RolloutSettings(BaseModel):
             )
         if kind == "spaced" and self.stop_input_gradient is False:
             raise ValueError("rollout.stop_input_gradient: spaced:K is defined with it; use random:K or last:K without")
+        if self.offload in ("window", "both") and self.checkpointing in ("step", "both"):
+            raise ValueError(
+                f"rollout.offload: {self.offload} moves what steps keep, and with checkpointing {self.checkpointing} that is latents only; "
+                "choose checkpointing none or block, or offload none or decode"
+            )
         return self
 
     def plan(self) -> Plan:
         kind, count = parse_backprop(self.backprop)
         stop = kind == "spaced" if self.stop_input_gradient is None else self.stop_input_gradient
-        return Plan(kind, count, stop_input_gradient=stop, checkpointing=self.checkpointing)
+        return Plan(kind, count, stop_input_gradient=stop, checkpointing=self.checkpointing, offload=self.offload)
 
 
 def parse_backprop(text: str) -> tuple[Kind, int | None]:
@@ -113,6 +125,7 @@ class Plan:
     count: int | None = 1
     stop_input_gradient: bool = False
     checkpointing: Checkpointing = "block"
+    offload: Offload = "none"
 
     @property
     def draws(self) -> bool:
@@ -126,6 +139,14 @@ class Plan:
         earlier step to pass it on to. Otherwise the first: it would repeat the effect of a step without a graph.
         """
         return tuple(chosen if self.draws or self.stop_input_gradient else chosen[:1])
+
+    @property
+    def offload_window(self) -> bool:
+        return self.offload in ("window", "both")
+
+    @property
+    def offload_decode(self) -> bool:
+        return self.offload in ("decode", "both")
 
     @property
     def checkpoint_blocks(self) -> bool:

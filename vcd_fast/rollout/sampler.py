@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vcd_fast.models.base import Condition, I2VModel, Schedule, State, Step
+from vcd_fast.rollout.offload import offloaded
 from vcd_fast.rollout.plan import Plan
 
 if TYPE_CHECKING:
@@ -185,16 +186,22 @@ def _differentiated(
     model: I2VModel, state: State, step: Step, condition: Condition, plan: Plan, forward: Forward | None
 ) -> Tensor:
     """The velocity with its graph, checkpointed as planned."""
-
-    def velocity(latents: Tensor) -> Tensor:
-        # Inside, so that a recomputed step checkpoints its blocks as it did the first time.
-        with model.block_checkpointing(plan.checkpoint_blocks):
-            return model.velocity(dataclasses.replace(state, latents=latents), step, condition, forward)
-
-    latents = state.latents.detach() if plan.stop_input_gradient else state.latents
+    if plan.stop_input_gradient:
+        state = dataclasses.replace(state, latents=state.latents.detach())
     if not plan.checkpoint_steps:
-        return velocity(latents)
-    return checkpoint(velocity, latents, use_reentrant=False, preserve_rng_state=False)
+        with model.block_checkpointing(plan.checkpoint_blocks), offloaded(model.transformer, plan.offload_window):
+            return model.velocity(state, step, condition, forward)
+
+    def recomputed(branch: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+        def run(latents: Tensor) -> Tensor:
+            # Inside, so that a branch that is recomputed checkpoints its blocks as it did the first time.
+            with model.block_checkpointing(plan.checkpoint_blocks):
+                return branch(latents)
+
+        return checkpoint(run, latents, use_reentrant=False, preserve_rng_state=False)
+
+    # Branch by branch: a backward that recomputes a whole step would hold the graphs of both.
+    return model.velocity(state, step, condition, forward, recomputed)
 
 
 def _through_update(model: I2VModel, at: _Passed, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vcd_fast.models.base import Condition, I2VModel, Schedule
 from vcd_fast.rewards.base import Reward, RewardInput
+from vcd_fast.rollout.offload import offloaded
 from vcd_fast.rollout.plan import Plan
 from vcd_fast.rollout.sampler import run
 
@@ -56,14 +57,17 @@ class PhaseClock:
     def __init__(self, device: torch.device):
         self._device = device
         self.seconds: dict[str, float] = {}
+        self.current: str | None = None
+        """the phase under way; after an error, the one it came from"""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, self.current = time.perf_counter(), name
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.current = None
 
 
 def micro_step(
@@ -96,7 +100,7 @@ def micro_step(
         )
 
     clips = range(batch.image.shape[0])
-    judged = [_judge(model, reward, batch, rollout.latents, clip, scale / len(clips), clock) for clip in clips]
+    judged = [_judge(model, plan, reward, batch, rollout.latents, clip, scale / len(clips), clock) for clip in clips]
     values = torch.cat([clip.reward for clip in judged])
     gradient = torch.cat([clip.gradient for clip in judged])
     metrics = {name: sum(clip.metrics[name] for clip in judged) / len(judged) for name in judged[0].metrics}
@@ -122,13 +126,20 @@ class _Judged(NamedTuple):
 
 
 def _judge(
-    model: I2VModel, reward: Reward, batch: Batch, latents: Tensor, clip: int, scale: float, clock: PhaseClock
+    model: I2VModel,
+    plan: Plan,
+    reward: Reward,
+    batch: Batch,
+    latents: Tensor,
+    clip: int,
+    scale: float,
+    clock: PhaseClock,
 ) -> _Judged:
     """One clip at a time: its frames are its own, whatever batch it is in, and decoded videos do not add up in memory."""
     settings = model.settings
     leaf = latents[clip : clip + 1].detach().requires_grad_(True)
     frame_index = reward.frames_wanted(settings.num_frames, batch.frames[clip])
-    with clock.phase("decode"):
+    with clock.phase("decode"), offloaded(model.vae, plan.offload_decode):
         video = model.decode(leaf, frame_index.tolist())
     with clock.phase("reward"):
         pixels = video.detach().requires_grad_(True)

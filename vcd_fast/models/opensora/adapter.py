@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vcd_fast.frozen_conv import freeze_convolutions
-from vcd_fast.models.base import Generators, Schedule, Step
+from vcd_fast.models.autocast import without_autocast
+from vcd_fast.models.base import Branchwise, Generators, Schedule, Step
 from vcd_fast.models.checkpointing import block_checkpointing
 from vcd_fast.models.noise import draw_noise
 from vcd_fast.models.opensora import tiny
@@ -108,21 +110,31 @@ class OpenSoraI2V:
         return OpenSoraState(latents, edit, edit == 1, draw().to(image.device) if fractional else None)
 
     def velocity(
-        self, state: OpenSoraState, step: Step, condition: OpenSoraCondition, forward: Forward | None = None
+        self,
+        state: OpenSoraState,
+        step: Step,
+        condition: OpenSoraCondition,
+        forward: Forward | None = None,
+        branchwise: Branchwise | None = None,
     ) -> Tensor:
-        forward = forward or self.transformer
+        def branch(name: str, text: Tensor, mask: Tensor | None) -> Tensor:
+            def run(latents: Tensor) -> Tensor:
+                at = dataclasses.replace(state, latents=latents)
+                return self._forward(name, at, step, text, mask, forward or self.transformer)
+
+            return run(state.latents) if branchwise is None else branchwise(run, state.latents)
+
         scale, both = self.settings.guidance_scale, self.settings.guidance_gradient == "both"
         prompt = (condition.text, condition.text_mask)
         if scale == 1:
-            return self._forward("cond", state, step, *prompt, forward)
+            return branch("cond", *prompt)
         negative = self._negative(condition)
         if both and self.settings.guidance_passes == "joint":
-            text = _joined(prompt, negative)
-            conditional, unconditional = self._forward("joint", state, step, *text, forward).chunk(2)
+            conditional, unconditional = branch("joint", *_joined(prompt, negative)).chunk(2)
         else:
-            conditional = self._forward("cond", state, step, *prompt, forward)
+            conditional = branch("cond", *prompt)
             with torch.set_grad_enabled(torch.is_grad_enabled() and both):
-                unconditional = self._forward("uncond", state, step, *negative, forward)
+                unconditional = branch("uncond", *negative)
         return unconditional + scale * (conditional - unconditional)
 
     def _negative(self, condition: OpenSoraCondition) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +172,7 @@ class OpenSoraI2V:
         return advanced(state, velocity, step)
 
     def decode(self, latents: Tensor, frames: Sequence[int] | None = None, *, checkpoint: bool = True) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             pixels = self.vae.decode(latents, self.settings.num_frames, frames, checkpoint=checkpoint)
         return pixels.transpose(1, 2).float().mul(0.5).add(0.5).clamp(0, 1)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from vcd_fast.models.base import Generators, Schedule, State, Step
+from vcd_fast.models.base import Branchwise, Generators, Schedule, State, Step
 from vcd_fast.models.checkpointing import block_checkpointing
 from vcd_fast.models.noise import draw_noise
 from vcd_fast.models.random_weights import warn_random
@@ -121,25 +122,34 @@ class WanI2V:
         return State(noise.to(condition.latents.device))
 
     def velocity(
-        self, state: State, step: Step, condition: WanCondition, forward: Callable[..., object] | None = None
+        self,
+        state: State,
+        step: Step,
+        condition: WanCondition,
+        forward: Callable[..., object] | None = None,
+        branchwise: Branchwise | None = None,
     ) -> Tensor:
+        def branch(name: str) -> Tensor:
+            run = partial(self._branch, name, step, condition, forward)
+            return run(state.latents) if branchwise is None else branchwise(run, state.latents)
+
         scale = self.settings.guidance_scale
-        conditional = self._branch("cond", state, step, condition, forward)
+        conditional = branch("cond")
         if scale == 1:
             return conditional
         both = self.settings.guidance_gradient == "both"
         with torch.set_grad_enabled(torch.is_grad_enabled() and both):
-            unconditional = self._branch("uncond", state, step, condition, forward)
+            unconditional = branch("uncond")
         return unconditional + scale * (conditional - unconditional)
 
     def _branch(
-        self, name: str, state: State, step: Step, condition: WanCondition, forward: Callable[..., object] | None
+        self, name: str, step: Step, condition: WanCondition, forward: Callable[..., object] | None, latents: Tensor
     ) -> Tensor:
         prompt = condition.prompt_embeds if name == "cond" else condition.negative_prompt_embeds
         image = condition.image_embeds
         with self.transformer.cache_context(name, step_index=step.index, sigma=step.sigma, timestep=step.timestep):
             output = (forward or self.transformer)(
-                hidden_states=torch.cat([state.latents, condition.latents], dim=1).to(self.dtype),
+                hidden_states=torch.cat([latents, condition.latents], dim=1).to(self.dtype),
                 timestep=torch.full((len(prompt),), step.timestep, dtype=torch.float32, device=prompt.device),
                 encoder_hidden_states=prompt.to(self.dtype),
                 encoder_hidden_states_image=None if image is None else image.to(self.dtype),

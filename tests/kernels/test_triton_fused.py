@@ -79,13 +79,17 @@ def test_options(options, device):
     assert_accurate(x, y, terms, gradient, **options)
 
 
-@pytest.mark.parametrize("name", ["swd_odd", "swd_single_row", "swd_dead_channels", "swd_wide"])
+@pytest.mark.parametrize(
+    "name", ["swd_even", "swd_odd", "swd_odd_even", "swd_single_row", "swd_dead_channels", "swd_wide"]
+)
 def test_published_values_and_gradients(name, device):
     if name == "swd_wide" and device.type == "cpu":
         pytest.skip("takes minutes in the interpreter; runs on a GPU")
     golden = {
         key: tensor.to(device) for key, tensor in load_file(ROOT / f"tests/goldens/distance/{name}.safetensors").items()
     }
+    if name == "swd_even" and device.type == "cpu":  # one of two samples: the interpreter is slow
+        golden = {key: tensor if key == "projections" else tensor[:1] for key, tensor in golden.items()}
     target = sort_target(golden["y"], golden["projections"])
     terms, gradient = sliced_terms(golden["x"], target, True, method="rows" if name == "swd_odd" else "auto")
     for i, part in enumerate(("amplitude", "phase")):

@@ -6,6 +6,7 @@ A folder as `WanImageToVideoPipeline.save_pretrained` writes it; the transformer
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from examples.tiny_i2v.state import copy_into
 from examples.tiny_i2v.train_transformer import SHIFT, Model, statistics
 from examples.tiny_i2v.train_vae import load_vae
+from vcd_fast.evaluation.machine import versions
 from vcd_fast.models.wan.adapter import cast_keeping_float32
 
 MODEL = Path(__file__).resolve().parent / "model"
@@ -49,6 +51,16 @@ def parameters(pipeline: object) -> int:
     )
 
 
+def training(folder: Path) -> dict[str, dict[str, float]]:
+    """Steps and hours of each of the two trainings, from the last line of its log that has them."""
+    found = {}
+    for part in ("vae", "transformer"):
+        lines = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
+        last = [line for line in lines if "step" in line][-1]
+        found[part] = {"steps": last["step"], "hours": round(last["seconds"] / 3600, 2)}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder the trainings wrote to")
@@ -61,6 +73,8 @@ def main() -> None:
     partial = options.model.with_name(options.model.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
+    about = {"parameters": count, "versions": versions(), "training": training(options.output)}
+    (partial / "training.json").write_text(json.dumps(about, indent=1) + "\n")
     size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     if size > LIMIT:
         shutil.rmtree(partial)

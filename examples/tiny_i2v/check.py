@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from examples.tiny_i2v.build import MODEL
-from examples.tiny_i2v.clips import FRAMES, MOTIONS, scene
+from examples.tiny_i2v.clips import FRAMES, HEIGHT, MOTIONS, WIDTH, scene
 from examples.tiny_i2v.measure import amount, measure, shows, warp
-from examples.tiny_i2v.photos import HELD_OUT, read_photo
+from examples.tiny_i2v.photos import HELD_OUT, TRAINING, read_photo
 from examples.tiny_i2v.sample import SAMPLING_STEPS, Scene, animate, encode, held_out_scenes, settings
 from vcd_fast.evaluation.machine import versions
 from vcd_fast.media import frame_strip, write_image
@@ -73,6 +73,47 @@ def judge(scenes: list[Scene], videos: Tensor) -> dict[str, object]:
     }
 
 
+def card(figures: dict, about: dict) -> str:
+    """The model card."""
+    made, vae = figures["generated"], figures["vae_psnr"]
+    kinds = "".join(
+        f"| {MOTIONS[name].prompts[0]} | {share:.0%} | {made['motion_amount_by_kind'][name]:.2f} |\n"
+        for name, share in made["motion_shown_by_kind"].items()
+    )
+    hours = {part: f"{entry['steps']} steps, {entry['hours']} h" for part, entry in about["training"].items()}
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: image-to-video
+---
+
+# tiny-i2v
+
+A Wan image-to-video pipeline of {about["parameters"]:,} weights: {WIDTH} x {HEIGHT} pixels, {FRAMES} frames, {figures["sampling_steps"]} sampling steps. Made
+by `make tiny-i2v`, see `examples/tiny_i2v`; for experiments with the Video Consistency Distance, for nothing else.
+
+    from diffusers import WanImageToVideoPipeline
+    pipeline = WanImageToVideoPipeline.from_pretrained("examples/tiny_i2v/model")
+
+**Data**: clips made from {len(TRAINING)} photographs in the public domain or under CC0 (`examples/pictures/SOURCES.md`; others come with
+scikit-image), moved as the prompt says. **Training**, on one core of a CPU: VAE {hours["vae"]}; transformer and text encoder {hours["transformer"]}.
+**Held out**: {", ".join(vae)}.
+
+What follows was written by `{figures["command"]}`; all of it is in `figures.json`. On held-out photographs:
+
+| VAE reconstruction, PSNR of clips | dB |
+| --- | --- |
+{"".join(f"| {name} | {value:.1f} |{chr(10)}" for name, value in vae.items())}
+First frame against the picture: {made["first_frame_psnr"]:.1f} dB (worst of {made["samples"]}: {made["first_frame_psnr_min"]:.1f}). The motion named is the motion measured in
+**{made["motion_shown"]:.0%}** of {made["samples"]} videos ({figures["true_clips"]["motion_shown"]:.0%} of the true clips pass the same measurement):
+
+| prompt | shown | amount / asked, median |
+| --- | --- | --- |
+{kinds}
+It drifts: of a still picture, the frames lie {", ".join(f"{value:.1f}" for value in made["still_psnr_by_frame"][1:])} dB from the first, one after the other.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -101,6 +142,8 @@ def main() -> None:
     }
     path = options.model / "figures.json"
     path.write_text(json.dumps(figures, indent=1) + "\n")
+    about = json.loads((options.model / "training.json").read_text())
+    (options.model / "README.md").write_text(card(figures, about))
     rows = [(given.prompt, video) for given, video in zip(scenes[:15], videos[:15], strict=True)]
     write_image(options.model.parent / "samples.png", frame_strip(rows))
     print(path.read_text())

@@ -137,9 +137,9 @@ def with_mask(condition: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder train_vae wrote to")
-    parser.add_argument("--clips", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of Muon; AdamW's is a tenth")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -21,15 +21,15 @@ from examples.tiny_i2v.muon import MuonAndAdamW
 from examples.tiny_i2v.photos import HELD_OUT, TRAINING, read_photo
 from examples.tiny_i2v.state import Average, Log, copy_into, load_state, save_state
 
-STEPS = 2900
-STAGES = ((0.69, 1, 8), (0.897, 5, 4), (1.0, 9, 4))
+STEPS = 6500
+STAGES = ((0.34, 1, 8), (0.77, 5, 2), (1.0, 9, 2))
 """until which part of the steps, frames, clips of a step. Pictures first, then the two kinds of chunk there are, then whole clips"""
 NOISE = 0.1
 """standard deviation of what is added to latents in training, in units of theirs"""
 CONFIG = {
     "base_dim": 24,
     "decoder_base_dim": 24,
-    "z_dim": 16,
+    "z_dim": 32,
     "dim_mult": [1, 2, 2],
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],

@@ -84,6 +84,35 @@ def test_weights_stay_where_they_are(moved):
     assert not own & set(moved)
 
 
+def test_a_tensor_that_is_saved_twice_goes_once_and_a_changed_one_again(monkeypatch):
+    copies = []
+    original = offload._to_host
+    monkeypatch.setattr(offload, "_to_host", lambda tensor: copies.append(tensor.clone()) or original(tensor))
+    x, w = torch.randn(4), torch.randn(4, requires_grad=True)
+    with offloaded(torch.nn.Identity()):
+        total = (w * x).sum() + (w * x).sum()
+        assert len(copies) == 1
+        x.mul_(2)
+        total = total + (w * x).sum()
+        assert len(copies) == 2
+    total.backward()
+    assert torch.allclose(w.grad, 2 * copies[0] + copies[1])
+
+
+def test_addresses_that_are_used_again_are_other_tensors(moved):
+    """Every tensor is gone before the next one is made, so storages follow each other at the same places."""
+    w = torch.randn(1000, requires_grad=True)
+    total, expected = 0.0, 0.0
+    with offloaded(torch.nn.Identity()):
+        for scale in range(20):
+            x = torch.full((1000,), float(scale))
+            total = total + (w * x).sum()
+            del x
+            expected += scale
+    total.backward()
+    assert torch.equal(w.grad, torch.full((1000,), expected))
+
+
 def test_expanded_tensors_survive(moved):
     x = torch.randn(3, 1, requires_grad=True)
     y = torch.randn(3, 1).expand(3, 4)

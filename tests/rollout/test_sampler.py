@@ -263,6 +263,7 @@ class MaskedModel:
 
     def __init__(self):
         self.w = torch.nn.Parameter(torch.tensor([0.7, -1.3]))
+        self.transformer = torch.nn.Identity()
 
     def block_checkpointing(self, enabled):
         return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()

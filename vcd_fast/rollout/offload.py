@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 def offloaded(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Tensors that are saved for a backward inside go to the CPU and come back when the backward asks for them. Exact: they are copied.
 
-    What a checkpoint saves inside, its inputs, goes too; what it recomputes later, outside, does not. A tensor that several operators save is
-    copied for each of them, as `torch.autograd.graph.save_on_cpu` does. Unlike there, weights stay where they are.
+    What a checkpoint saves inside, its inputs, goes too; what it recomputes later, outside, does not. Other than with
+    `torch.autograd.graph.save_on_cpu` weights stay where they are, and a tensor that several operators save goes once.
 
     Args:
         module: its parameters and buffers, and views of them, are left alone.
@@ -24,19 +25,26 @@ def offloaded(module: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
         return
     stay = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    gone: dict[tuple, tuple[weakref.ref, Tensor]] = {}
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor] | Tensor:
-        if tensor.untyped_storage()._cdata in stay:
+        storage = tensor.untyped_storage()
+        if storage._cdata in stay:
             return tensor
-        return tensor.device, _to_host(tensor)
+        layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+        key = storage._cdata, tensor._version, layout
+        same, host = gone.get(key, (lambda: None, None))
+        if same() is not storage:  # a storage that is gone leaves its address to another
+            host = _to_host(tensor)
+            gone[key] = weakref.ref(storage), host
+        return tensor.device, host
 
-    def unpack(packed: tuple[torch.device, Tensor] | Tensor) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        return _to_device(*packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield
+
+
+def _unpack(packed: tuple[torch.device, Tensor] | Tensor) -> Tensor:
+    return packed if isinstance(packed, Tensor) else _to_device(*packed)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

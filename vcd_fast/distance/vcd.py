@@ -352,7 +352,7 @@ def vcd_loss(
     extractor: str | FeatureExtractor = "vgg19",
     **options: object,
 ) -> Tensor:
-    """The Video Consistency Distance in one call: `VCDLoss(config, …)(video, condition, …)`, on the video's device.
+    """The Video Consistency Distance in one call: `VCDLoss(config, …)(video, condition, …)`, on the video's device. A graph break to torch.compile.
 
     VGG19 stays in memory between calls (the two used last); a float64 video is computed in float64. Whoever calls it with the same
     image or options again and again does better with a `VCDLoss`.

@@ -135,3 +135,17 @@ class TestCommandLine:
         fields = itertools.chain.from_iterable(kind.model_fields for kind in section_types("wan").values())
         assert all(f"--{name.replace('_', '-')}" in text for name in fields)
         assert text.index("rollout: how") < text.index("--sampling-steps") < text.index("training: how")
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ({"rollout": {"offload": "window"}}, "rollout.offload: expected none or decode with training.zero 3"),
+        ({"model": {"quantization": "nf4"}}, "model.quantization: expected none with training.zero 3"),
+    ],
+)
+def test_what_does_not_go_with_sharded_weights(overlay, message):
+    base = {"data": {"pictures": "p"}}
+    with pytest.raises(ValueError, match=message):
+        compose("wan", "tiny", base, overlay, {"training": {"zero": 3}})
+    compose("wan", "tiny", base, overlay, {"training": {"zero": 2}})

@@ -74,6 +74,11 @@ def _check_together(config: RunConfig) -> None:
             f"configuration: rollout.offload: expected none or decode with training.zero 3, got {config.rollout.offload!r}: weights that are "
             "gathered for a step would be moved with what it keeps"
         )
+    if config.model.quantization != "none" and config.training.zero == 3:
+        raise ValueError(
+            "configuration: model.quantization: expected none with training.zero 3, which shards weights itself, got "
+            f"{config.model.quantization!r}; choose stage 0, 1 or 2"
+        )
     most = config.model.num_frames - 1
     if config.reward.frames_per_step > most:
         raise ValueError(

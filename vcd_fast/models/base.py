@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vcd_fast.models.quantized import Quantization
+
 FAMILIES = {"wan": "vcd_fast.models.wan", "opensora": "vcd_fast.models.opensora"}
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -61,6 +63,10 @@ class BaseModelSettings(BaseModel):
     fps: float = Field(gt=0, description="frames per second written into videos")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="dtype of the transformer's weights"
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="frozen weights of the transformer's blocks in 8 or 4 bits, where bitsandbytes runs; not with ZeRO stage 3",
     )
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the VAE's weights")
     guidance_scale: float = Field(ge=1, description="classifier-free guidance; 1 switches the second branch off")

@@ -25,6 +25,7 @@ from vcd_fast.models.opensora.settings import TINY, ModelSettings
 from vcd_fast.models.opensora.targets import LORA_TARGETS
 from vcd_fast.models.opensora.transformer import STDiT3
 from vcd_fast.models.opensora.vae import SPATIAL_FACTOR, OpenSoraVAE, latent_frames
+from vcd_fast.models.quantized import quantize_linears
 from vcd_fast.models.random_weights import warn_random
 
 Forward = Callable[..., object]
@@ -43,6 +44,8 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> O
     else:
         folders = [resolve(settings, part) for part in (TRANSFORMER_PART, VAE_PART)]
         transformer, vae = load_transformer(folders[0], dtype), load_vae(folders[1], vae_dtype)
+    blocks = [*transformer.spatial_blocks, *transformer.temporal_blocks]
+    quantize_linears(blocks, settings.quantization, dtype, device)
     return OpenSoraI2V(transformer, vae, settings).to(device)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vcd_fast.models.base import Branchwise, Generators, Schedule, State, Step
 from vcd_fast.models.checkpointing import block_checkpointing
 from vcd_fast.models.noise import draw_noise
+from vcd_fast.models.quantized import quantize_linears
 from vcd_fast.models.random_weights import warn_random
 from vcd_fast.models.wan import tiny
 from vcd_fast.models.wan.condition import WanCondition
@@ -39,6 +40,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> W
         vae = cast_keeping_float32(tiny.tiny_vae(), getattr(torch, settings.vae_dtype))
     else:
         transformer, vae = _from_folder(settings)
+    quantize_linears(transformer.blocks, settings.quantization, getattr(torch, settings.dtype), device)
     return WanI2V(transformer, vae, settings).to(device)
 
 

@@ -5,6 +5,7 @@ import sys
 
 HEAVY = (
     "triton",
+    "numba",
     "diffusers",
     "transformers",
     "peft",

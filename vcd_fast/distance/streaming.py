@@ -59,7 +59,8 @@ class _Streamed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         video = video.detach()
         num_clips, num_frames = video.shape[:2]
-        losses, terms, gradient = [], [], None
+        # One tensor for all chunks each: what every chunk leaves behind among its activations would keep their memory in pieces.
+        losses = terms = gradient = None
         for clips, frames in chunks(num_clips, num_frames, chunk_frames):
             images = video[clips, frames].flatten(0, 1)
             # The inner graph lives and dies in this loop. Hooks around the loss (checkpointing, offloading) must not see its tensors:
@@ -73,20 +74,22 @@ class _Streamed(torch.autograd.Function):
                 loss, term = evaluate(images, clips)
                 if with_gradient:
                     (piece,) = torch.autograd.grad(loss.sum(), images)
-            losses.append(loss.detach())
-            terms.append(term.detach())
-            if with_gradient:
-                if gradient is None:
+            if losses is None:
+                losses = loss.new_empty(num_clips, num_frames)
+                terms = term.new_empty(num_clips, num_frames, *term.shape[1:])
+                if with_gradient:
                     gradient = video.new_empty(video.shape, dtype=torch.promote_types(loss.dtype, torch.float32))
-                gradient[clips, frames] = piece.unflatten(0, gradient[clips, frames].shape[:2])
+            shape = losses[clips, frames].shape
+            losses[clips, frames] = loss.detach().unflatten(0, shape)
+            terms[clips, frames] = term.unflatten(0, shape)
+            if with_gradient:
+                gradient[clips, frames] = piece.unflatten(0, shape)
             del images, loss, term
-        loss = torch.cat(losses).unflatten(0, (num_clips, num_frames))
-        terms = torch.cat(terms).unflatten(0, (num_clips, num_frames))
         ctx.mark_non_differentiable(terms)
         ctx.dtype = video.dtype
         if with_gradient:
             ctx.save_for_backward(gradient)
-        return loss, terms
+        return losses, terms
 
     @staticmethod
     def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:

@@ -1,7 +1,7 @@
 """Rows of projected values sorted, and compared with a target's, on the CPU by as many threads as PyTorch may use.
 
 Done by machine code that numba makes (`compiled`) where numba can be imported (the extra "cpu"), else by NumPy (`ranked`), which takes
-four times as long.
+several times as long. numba is imported with the first call that has more than a few values to sort or to compare.
 """
 
 from __future__ import annotations

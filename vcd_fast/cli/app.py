@@ -8,7 +8,7 @@ import typer
 
 from vcd_fast.version import __version__
 
-VERBS = ("score", "generate", "train", "export", "calibrate", "doctor")
+VERBS = ("score", "generate", "train", "export", "calibrate", "estimate", "doctor")
 
 
 def build_app() -> typer.Typer:

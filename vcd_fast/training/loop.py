@@ -33,6 +33,7 @@ from vcd_fast.training.optimizer_state import (
     restore_moments,
     set_learning_rate,
 )
+from vcd_fast.training.out_of_memory import explain, is_out_of_memory
 from vcd_fast.training.progress import Reporter
 from vcd_fast.training.randomness import indexed_generator, indexed_seed
 from vcd_fast.training.samples import BASE, HeldOut, HeldOutClip
@@ -45,7 +46,7 @@ class TooManyBadSteps(ValueError):
 
 
 class OutOfMemory(ValueError):
-    """The GPU was too small for the settings."""
+    """The GPU, or the machine, was too small for the settings."""
 
 
 class Stopped(Exception):
@@ -67,14 +68,13 @@ def train(config: RunConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     """
     device = pick_device(config.training.device)
     engines.init_distributed(device)
+    clock = PhaseClock(device)
     try:
-        return Run(config, device, list(command)).train()
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"out of GPU memory ({str(error).splitlines()[0]}). In the order of what they cost least: --checkpointing both, "
-            "--decode-checkpointing resnet, --chunk-frames 1, --vae-dtype bfloat16, --guidance-gradient conditional, fewer "
-            "--num-frames or a smaller --height and --width, --zero 3 on several GPUs"
-        ) from error
+        return Run(config, device, list(command), clock).train()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(explain(error, config, clock.current, device, dist.get_world_size())) from error
     finally:
         dist.destroy_process_group()
 
@@ -82,9 +82,10 @@ def train(config: RunConfig, command: Sequence[str] = ()) -> dict[str, Any]:
 class Run:
     """What is alive while a run trains."""
 
-    def __init__(self, config: RunConfig, device: torch.device, command: list[str]):
+    def __init__(self, config: RunConfig, device: torch.device, command: list[str], clock: PhaseClock | None = None):
         self.config = config
         self.device = device
+        self.clock = clock or PhaseClock(device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.settings = config.training
         self.output = Path(self.settings.output)
@@ -107,9 +108,11 @@ class Run:
         if config.rollout.step_cache != "none":
             meta = family(config.family).load_meta(config.model)
             check_step_cache(meta, config.rollout, sharded=self.settings.zero == 3)
-        self._encode()
+        with self.clock.phase("encode"):
+            self._encode()
 
-        self.model = family(config.family).load_model(config.model, device)
+        with self.clock.phase("load"):
+            self.model = family(config.family).load_model(config.model, device)
         # Before a LoRA is added and weights are sharded. Ranks compute a step if one of them has to.
         self.cache = build_step_cache(
             self.model, config.rollout, lambda flag: not engines.all_agree(not flag, self.device)
@@ -217,7 +220,8 @@ class Run:
         return self.step in (0, self.settings.max_train_steps) or bool(every and self.step % every == 0)
 
     def _train_step(self) -> None:
-        clock = PhaseClock(self.device)
+        clock = self.clock
+        clock.seconds.clear()
         set_learning_rate(self.engine, self._learning_rate())
         accumulated, finite, rewards, metrics = False, True, [], {}
         for micro in range(self.settings.gradient_accumulation):
@@ -324,7 +328,8 @@ class Run:
     def _evaluate(self, name: str, step: int) -> dict[str, float]:
         if not self.held_out.clips:
             return {}
-        with self.reporter.bar(f"held-out clips, {name}", len(self.held_out.clips)):
+        bar = self.reporter.bar(f"held-out clips, {name}", len(self.held_out.clips))
+        with bar, self.clock.phase("samples"):
             distances = self.held_out.evaluate(name, self.engine, self._after_clip)
         mean = _mean(distances)
         if self.rank == 0:

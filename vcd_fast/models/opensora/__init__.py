@@ -16,18 +16,22 @@ if TYPE_CHECKING:
     from vcd_fast.models.opensora.files import missing_weights
     from vcd_fast.models.opensora.lora_keys import load_vader, save_vader
     from vcd_fast.models.opensora.meta import load_meta
+    from vcd_fast.models.opensora.shapes import encoder_bytes, shaped_condition, shaped_model
 
 __all__ = [
     "DEFAULT_PRESET",
     "LORA_FORMATS",
     "LORA_TARGETS",
     "ModelSettings",
+    "encoder_bytes",
     "load_encoder",
     "load_meta",
     "load_model",
     "load_vader",
     "missing_weights",
     "save_vader",
+    "shaped_condition",
+    "shaped_model",
 ]
 
 
@@ -41,12 +45,15 @@ LORA_FORMATS: dict[str, Callable[[Path, Any], Path]] = {"vader": _save_vader}
 """formats of LoRA files that only this family has, and what writes them"""
 
 _HOMES = {
+    "encoder_bytes": "shapes",
     "load_encoder": "encoder",
     "load_meta": "meta",
     "load_model": "adapter",
     "load_vader": "lora_keys",
     "missing_weights": "files",
     "save_vader": "lora_keys",
+    "shaped_condition": "shapes",
+    "shaped_model": "shapes",
 }
 
 

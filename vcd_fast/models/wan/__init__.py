@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vcd_fast.models.wan.encoder import load_encoder
     from vcd_fast.models.wan.loading import missing_weights
     from vcd_fast.models.wan.meta import load_meta
+    from vcd_fast.models.wan.shapes import encoder_bytes, shaped_condition, shaped_model
     from vcd_fast.models.wan.time_embedding import fill_time_embedding
 
 __all__ = [
@@ -21,20 +22,26 @@ __all__ = [
     "LORA_TARGETS",
     "ModelSettings",
     "comfy_module_name",
+    "encoder_bytes",
     "fill_time_embedding",
     "load_encoder",
     "load_meta",
     "load_model",
     "missing_weights",
     "model_module_name",
+    "shaped_condition",
+    "shaped_model",
 ]
 
 _HOMES = {
+    "encoder_bytes": "shapes",
     "fill_time_embedding": "time_embedding",
     "load_encoder": "encoder",
     "load_meta": "meta",
     "load_model": "adapter",
     "missing_weights": "loading",
+    "shaped_condition": "shapes",
+    "shaped_model": "shapes",
 }
 
 

@@ -8,11 +8,13 @@ from vcd_fast.models.hub import fetch_config, read_json
 from vcd_fast.models.wan import tiny
 from vcd_fast.models.wan.adapter import WanI2V
 from vcd_fast.models.wan.loading import folder_of, read_config
+from vcd_fast.models.wan.published import TRANSFORMERS
 from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings
 
 
 def load_meta(settings: ModelSettings) -> WanI2V:
-    """The model on the meta device. Only the transformer's `config.json` is read, or fetched from the hub.
+    """The model on the meta device. Only the transformer's `config.json` is read, or fetched from the hub; for the published models
+    (`vcd_fast.models.wan.published`) not even that.
 
     Raises:
         ValueError, OSError: as of `load_model`, weights apart.
@@ -32,4 +34,6 @@ def _transformer_config(settings: ModelSettings) -> dict:
     folder = folder_of(settings)
     if folder is not None:
         return read_config(folder, "transformer")
+    if settings.weights in TRANSFORMERS and settings.revision is None:
+        return TRANSFORMERS[settings.weights]
     return read_json(fetch_config(settings.weights, "transformer/config.json", settings.revision, "weights"))

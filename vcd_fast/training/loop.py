@@ -23,7 +23,7 @@ from vcd_fast.rollout.step_cache.build import build_step_cache, check_step_cache
 from vcd_fast.rollout.step_cache.drift import measure_drift
 from vcd_fast.training import checkpoint as checkpoints
 from vcd_fast.training import engine as engines
-from vcd_fast.training import record
+from vcd_fast.training import record, resume
 from vcd_fast.training.log import RunLog
 from vcd_fast.training.memory import peak_memory_gib, reset_peak_memory
 from vcd_fast.training.optimizer_state import (
@@ -96,8 +96,7 @@ class Run:
         size = config.model.height, config.model.width
         family(config.family).missing_weights(config.model)  # raises where they are named wrongly or not at all
         self.pictures = PictureFolder(config.data, *size)
-        self._on_first_rank(lambda: checkpoints.put_back(self.output))
-        resumed = checkpoints.choose(self.output, self.settings.resume)
+        resumed = resume.choose(self.output, self.settings.resume, self.device)
         changes = checkpoints.changes(resumed, config.as_dict()) if resumed is not None else []
         if resumed is not None and resumed.step > self.settings.max_train_steps:
             raise ValueError(

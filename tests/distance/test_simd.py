@@ -122,8 +122,10 @@ def test_batches_against_their_own_targets(monkeypatch, group, shape):
         torch.testing.assert_close(gradient[i : i + 1], piece, rtol=1e-3, atol=1e-3 * piece.abs().max().item())
 
 
-def test_one_side_on_the_branch_cut():
+@pytest.mark.parametrize("chunk", [5000, 1 << 22])
+def test_one_side_on_the_branch_cut(monkeypatch, chunk):
     """Maps with one active pixel have phases that are not odd; the other side's are."""
+    monkeypatch.setattr(simd, "CHUNK_VALUES", chunk)
     x, y = random_maps(1, 2, 32, 64)  # powers of two: and shifts by half the width: the FFT is exact
     sparse = torch.zeros_like(x)
     sparse[:, :, 3, 32] = 1

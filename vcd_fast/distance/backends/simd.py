@@ -176,13 +176,11 @@ def _part(
     """One part of a few samples: its term [g], and the derivative of weight · term with respect to `samples.values`."""
     fixed = target.parts[part]
     config, directions = target.config, target.projections
-    if samples.form != fixed.form:  # one side has bins on the branch cut, the other not
-        if samples.form != "whole":
-            m = samples.values.shape[-1] - samples.singles
-            sign = -1 if samples.form == "odd" else 1
-            samples = Samples(torch.cat([samples.values, sign * samples.values[..., :m]], -1), 0, "whole")
-        full = reference.every_value_sorted(fixed)
-        fixed = Lists(full, full[..., :0], "whole")
+    mixed = samples.form != fixed.form  # one side has bins on the branch cut, the other not: both are compared whole
+    if mixed and samples.form != "whole":
+        m = samples.values.shape[-1] - samples.singles
+        sign = -1 if samples.form == "odd" else 1
+        samples = Samples(torch.cat([samples.values, sign * samples.values[..., :m]], -1), 0, "whole")
     count = 1 if directions is None else len(directions)
     values_per_direction = len(owners) * padded(samples.values.shape[-1])
     chunks = -(-count * values_per_direction // CHUNK_VALUES)
@@ -191,9 +189,14 @@ def _part(
     buffer = torch.empty(step * values_per_direction) if config.slicing == "channel" else None
     total = np.zeros((len(owners), count))
     for start in range(0, count, step):
-        some = None if directions is None else directions[start : start + step]
+        chunk = slice(start, start + step)
+        some = None if directions is None else directions[chunk]
         projected = _project(samples, config, some, height, width, buffer)
-        total[:, start : start + step] = compare(projected, fixed, owners, start, config.p)
+        rows, first = fixed, start
+        if mixed:
+            full = reference.every_value_sorted(Lists(*(values[:, chunk] for values in fixed[:2]), fixed.form))
+            rows, first = Lists(full, full[..., :0], "whole"), 0
+        total[:, chunk] = compare(projected, rows, owners, first, config.p)
         if slopes is not None:
             _add_projected_back(slopes, projected, samples.singles, config, some, height, width)
     scale = 1 / (fixed.length * count)

@@ -11,6 +11,7 @@ from vcd_fast.models.lora import LoRASettings, add_lora
 from vcd_fast.models.wan import ModelSettings, load_encoder, load_model
 from vcd_fast.rewards.base import RewardInput, RewardOutput
 from vcd_fast.rewards.vcd import VCDReward, VCDRewardSettings
+from vcd_fast.rollout import offload
 from vcd_fast.rollout.plan import RolloutSettings
 from vcd_fast.training.randomness import indexed_generator
 from vcd_fast.training.step import Batch, PhaseClock, micro_step
@@ -56,7 +57,7 @@ def batch(setting, step=0):
     return Batch(setting.condition, setting.image, ["a cat runs"], noise, step=step, **generators)
 
 
-def run(setting, *, reward=None, backprop="all", agree=lambda flag: flag, scale=1.0):
+def run(setting, *, reward=None, backprop="all", agree=lambda flag: flag, scale=1.0, **rollout):
     for parameter in setting.parameters.values():
         parameter.grad = None
     calls = []
@@ -65,7 +66,7 @@ def run(setting, *, reward=None, backprop="all", agree=lambda flag: flag, scale=
         calls.append(loss.item())
         loss.backward()
 
-    plan = RolloutSettings(sampling_steps=STEPS, backprop=backprop).plan()
+    plan = RolloutSettings(sampling_steps=STEPS, backprop=backprop, **rollout).plan()
     clock = PhaseClock(torch.device("cpu"))
     done = micro_step(
         setting.model,
@@ -115,6 +116,19 @@ def test_scale_is_a_factor(setting):
 def test_spaced_plans_make_several_backward_passes(setting):
     assert len(run(setting, backprop="last:2")[2]) == 1
     assert len(run(setting, backprop="spaced:2")[2]) == 2
+
+
+@pytest.mark.parametrize("where", ["window", "decode", "both"])
+def test_what_is_offloaded_comes_back_as_it_was(setting, where, monkeypatch):
+    copies, original = [], offload._to_host
+    monkeypatch.setattr(offload, "_to_host", lambda tensor: copies.append(tensor.shape) or original(tensor))
+    expected = run(setting)[1]
+    assert not copies
+    found = run(setting, offload=where)[1]
+    assert copies
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    in_pixels = any(shape[-2:] == (32, 48) for shape in copies)  # inputs of the decoder's last layers, or its caches
+    assert in_pixels == (where != "window")
 
 
 class BrokenReward(VCDReward):

@@ -314,6 +314,24 @@ def test_negative_prompt_takes_the_place_of_the_null_caption(condition, model):
     torch.testing.assert_close(velocities[1], torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("passes", "branches"), [("joint", [4]), ("separate", [2, 2])])
+def test_branches_that_a_backward_may_recompute(condition, passes, branches):
+    """As many as there are forwards, each of the latents alone, and the velocity is theirs."""
+    model = quietly(package.load_model, settings_of(guidance_passes=passes))
+    state, step = model.initial(condition, generators(2)), model.schedule(4, 36, 48, 17)[1]
+    sizes = []
+
+    def see(branch, latents):
+        assert latents is state.latents
+        output = branch(latents)
+        sizes.append(len(output))
+        return output
+
+    with torch.no_grad():
+        assert torch.equal(model.velocity(state, step, condition, None, see), model.velocity(state, step, condition))
+    assert sizes == branches
+
+
 def test_fingerprint_names_what_encodings_depend_on():
     def fingerprint(**changes) -> str:
         return quietly(package.load_encoder, settings_of(**changes)).fingerprint

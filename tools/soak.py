@@ -380,11 +380,11 @@ def main() -> None:
     if not 0 < arguments.disturbances < arguments.steps:
         parser.error("--disturbances: expected between 1 and --steps - 1")
     arguments.kinds = arguments.kinds or [kind for kind in PLACES if arguments.ranks > 1 or kind != "kill one"]
+    source = provenance()  # now: what is imported is what runs to the end
     try:
-        report = Soak(arguments).run()
+        report = Soak(arguments).run() | source
     except Failed as error:
         sys.exit(f"error: {error}")
-    report |= provenance()
     path = arguments.report or arguments.work / "soak.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(

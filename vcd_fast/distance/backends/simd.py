@@ -183,7 +183,9 @@ def _part(
         samples = Samples(torch.cat([samples.values, sign * samples.values[..., :m]], -1), 0, "whole")
     count = 1 if directions is None else len(directions)
     values_per_direction = len(owners) * padded(samples.values.shape[-1])
-    chunks = -(-count * values_per_direction // CHUNK_VALUES)
+    chunks = -(
+        -count * values_per_direction // (CHUNK_VALUES // 8 if mixed else CHUNK_VALUES)
+    )  # the former need more of each
     step = -(-count // chunks)
     slopes = padded_rows(*samples.values.shape).zero_() if with_gradient else None
     buffer = torch.empty(step * values_per_direction) if config.slicing == "channel" else None

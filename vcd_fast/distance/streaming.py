@@ -59,8 +59,14 @@ class _Streamed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         video = video.detach()
         num_clips, num_frames = video.shape[:2]
-        # One tensor for all chunks each: what every chunk leaves behind among its activations would keep their memory in pieces.
-        losses = terms = gradient = None
+        # One tensor for all chunks each, the large one before any of them: what chunks leave behind among their activations would keep
+        # the memory of those in pieces.
+        gradient = (
+            video.new_empty(video.shape, dtype=torch.promote_types(video.dtype, torch.float32))
+            if with_gradient
+            else None
+        )
+        losses = terms = None
         for clips, frames in chunks(num_clips, num_frames, chunk_frames):
             images = video[clips, frames].flatten(0, 1)
             # The inner graph lives and dies in this loop. Hooks around the loss (checkpointing, offloading) must not see its tensors:
@@ -77,8 +83,6 @@ class _Streamed(torch.autograd.Function):
             if losses is None:
                 losses = loss.new_empty(num_clips, num_frames)
                 terms = term.new_empty(num_clips, num_frames, *term.shape[1:])
-                if with_gradient:
-                    gradient = video.new_empty(video.shape, dtype=torch.promote_types(loss.dtype, torch.float32))
             shape = losses[clips, frames].shape
             losses[clips, frames] = loss.detach().unflatten(0, shape)
             terms[clips, frames] = term.unflatten(0, shape)

@@ -17,9 +17,9 @@ from vcd_fast.training import engine as engines
 from vcd_fast.training import loop
 
 SETTINGS = {
-    "model": {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3, "dtype": "bfloat16"},
+    "model": {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 1, "dtype": "bfloat16"},
     "lora": {"rank": 2, "alpha": 4},
-    "rollout": {"sampling_steps": 2},
+    "rollout": {"sampling_steps": 1},
     "reward": {"num_projections": 4, "frames_per_step": 1},
     "training": {"device": "cpu", "max_train_steps": 2, "sample_every": 0, "checkpoint_every": 0, "zero": 3},
 }

@@ -1,6 +1,6 @@
 """Put the trained parts together: `python -m examples.tiny_i2v.build --output runs/tiny_i2v` (step 3 of 3) writes `examples/tiny_i2v/model`.
 
-A folder as `WanImageToVideoPipeline.save_pretrained` writes it; the transformer in bfloat16 but for what Wan keeps in float32.
+A folder as `WanImageToVideoPipeline.save_pretrained` writes it; transformer and VAE in bfloat16 but for what Wan keeps in float32.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def main() -> None:
 
     pipeline = assemble(options.output)
     count = parameters(pipeline)
-    cast_keeping_float32(pipeline.transformer, torch.bfloat16)
+    for part in (pipeline.transformer, pipeline.vae):
+        cast_keeping_float32(part, torch.bfloat16)
     partial = options.model.with_name(options.model.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)

@@ -21,21 +21,21 @@ from examples.tiny_i2v.muon import MuonAndAdamW
 from examples.tiny_i2v.photos import TRAINING, read_photo
 from examples.tiny_i2v.state import Average, Log, load_state, save_state
 from examples.tiny_i2v.text import attend_to_short_text, encode_prompts, new_text_encoder, new_tokenizer
-from examples.tiny_i2v.train_vae import load_vae
+from examples.tiny_i2v.train_vae import CONFIG, load_vae
 
 SHIFT = 3.0
 DROPPED_PROMPTS = 0.1
 """of the prompts are empty in training, for classifier-free guidance"""
-HEADS, HEAD_DIM, LAYERS, FFN = 6, 32, 5, 512
+HEADS, HEAD_DIM, LAYERS, FFN = 6, 32, 4, 512
 
 
 class Clips(NamedTuple):
     """Encoded training clips."""
 
     latents: Tensor
-    """[N, 16, f, h, w], not normalised"""
+    """[N, C, f, h, w], not normalised"""
     condition: Tensor
-    """[N, 16, f, h, w] of the first frame followed by grey, as the Wan pipeline encodes it"""
+    """[N, C, f, h, w] of the first frame followed by grey, as the Wan pipeline encodes it"""
     motion: Tensor
     """[N] position in MOTIONS"""
 
@@ -47,8 +47,8 @@ def new_transformer() -> nn.Module:
         patch_size=(1, 2, 2),
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_DIM,
-        in_channels=36,
-        out_channels=16,
+        in_channels=2 * CONFIG["z_dim"] + 4,
+        out_channels=CONFIG["z_dim"],
         text_dim=48,
         freq_dim=256,
         ffn_dim=FFN,
@@ -71,7 +71,7 @@ class Model(nn.Module):
         self.tokenizer = new_tokenizer()
 
     def forward(self, noised: Tensor, condition: Tensor, sigma: Tensor, prompts: list[str]) -> Tensor:
-        """noised [B, 16, f, h, w], condition [B, 20, f, h, w], sigma [B] in (0, 1] -> velocity [B, 16, f, h, w]"""
+        """noised [B, C, f, h, w], condition [B, C + 4, f, h, w], sigma [B] in (0, 1] -> velocity [B, C, f, h, w]"""
         return self.transformer(
             hidden_states=torch.cat([noised, condition], dim=1),
             timestep=1000 * sigma,
@@ -123,12 +123,12 @@ def matrices(model: Model) -> dict[str, bool]:
 
 
 def statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel, [16] each: `latents_mean` and `latents_std` of the VAE's configuration."""
+    """Mean and standard deviation of every channel, [C] each: `latents_mean` and `latents_std` of the VAE's configuration."""
     return latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
 
 
 def with_mask(condition: Tensor) -> Tensor:
-    """[B, 16, f, h, w] -> [B, 20, f, h, w]: four channels in front that are 1 in the first latent frame."""
+    """[B, C, f, h, w] -> [B, C + 4, f, h, w]: four channels in front that are 1 in the first latent frame."""
     mask = torch.zeros_like(condition[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, condition], dim=1)

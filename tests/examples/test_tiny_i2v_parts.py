@@ -9,7 +9,7 @@ from examples.tiny_i2v.state import Average, load_state, save_state
 from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
 from examples.tiny_i2v.text import attend_to_short_text, encode_prompts
 from examples.tiny_i2v.train_transformer import Model, matrices
-from examples.tiny_i2v.train_vae import new_vae, pictures_as_planes, reconstruct
+from examples.tiny_i2v.train_vae import CONFIG, new_vae, pictures_as_planes, reconstruct
 
 
 def generator(seed=0):
@@ -92,7 +92,8 @@ def test_pictures_as_planes_are_exact():
 def test_attention_to_the_prompt_alone_is_exact():
     torch.manual_seed(0)
     model = Model().eval()
-    noised, condition = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 20, 3, 4, 6)
+    channels = CONFIG["z_dim"]
+    noised, condition = torch.randn(2, channels, 3, 4, 6), torch.randn(2, channels + 4, 3, 4, 6)
     sigma, prompts = torch.tensor([0.3, 0.9]), ["the camera pans left", "an unknown word and a still picture"]
     with torch.no_grad():
         expected = model.transformer(

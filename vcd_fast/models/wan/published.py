@@ -31,7 +31,7 @@ TRANSFORMERS = {
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _transformer(40, 40, 13824),
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _transformer(40, 40, 13824),
 }
-"""hub name -> `config.json` of the transformer: 1,564,428,608 parameters, and 16,395,537,472 of the two larger ones"""
+"""hub name -> `config.json` of the transformer: 1,564,428,608 parameters, and 16,394,878,784 of the two larger ones"""
 
 UMT5_XXL = {
     "vocab_size": 256384,

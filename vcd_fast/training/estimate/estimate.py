@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from vcd_fast.models.base import family
 from vcd_fast.training.estimate.resident import Resident, resident
 from vcd_fast.training.estimate.simulate import Counts, count_decode, count_window
 from vcd_fast.training.settings import RunConfig
 
+T = TypeVar("T")
 GIB = 2**30
 CONTEXT = GIB // 2
 """of a GPU, taken by its driver and libraries before the first tensor"""
@@ -23,6 +24,7 @@ BEFORE_STEPS = ("encode", "load")
 DECODE_ONLY = ("vae_dtype", "frozen_conv", "decode_context", "decode_checkpointing")
 WINDOW_ONLY = ("guidance_scale", "guidance_gradient", "guidance_passes", "negative_prompt")
 """settings of the model that matter to one half of a step only; the other is not counted again when they change"""
+RESIDENT_ONLY = ("quantization",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +95,12 @@ def estimate(config: RunConfig, gpus: int = 1) -> Estimate:
     if gpus < 1:
         raise ValueError(f"gpus: expected at least 1, got {gpus}")
     window, decode = _window(config), _decode(config)
-    base = resident(config, window.lora, gpus)
+    base = _resident(config, window.lora, gpus)
     always = base.parts()
-    gathered = {"gathered": base.gathered} if base.gathered else {}
+    gathered = {"gathered": base.gathered + base.restored} if base.gathered + base.restored else {}
     cached = _step_cache(config, window.tokens)
     kept = {"window": window.saved["window"], **cached}
-    encoders = family(config.family).encoder_bytes(config.model)
-    phases = [Phase("encode", {"encoders": max(encoders.values())})]
+    phases = [Phase("encode", {"encoders": max(_encoders(config).values())})]
     if base.unsharded > base.transformer:
         phases.append(Phase("load", {"weights": base.unsharded + base.vae}))
     phases += [
@@ -128,30 +129,44 @@ def _add(parts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
     return {name: parts.get(name, 0) + more.get(name, 0) for name in {**parts, **more}}
 
 
-_COUNTED: dict[str, Counts] = {}
+_COUNTED: dict[str, Any] = {}
 
 
-def _remembered(name: str, count: Callable[[RunConfig], Counts], config: RunConfig, sections: dict[str, Any]) -> Counts:
+def _remembered(name: str, count: Callable[[], T], config: RunConfig, sections: dict[str, Any]) -> T:
     key = json.dumps([name, config.family, sections], sort_keys=True)
     if key not in _COUNTED:
-        _COUNTED[key] = count(config)
+        _COUNTED[key] = count()
     return _COUNTED[key]
 
 
 def _window(config: RunConfig) -> Counts:
     sections = {
-        "model": config.model.model_dump(mode="json", exclude=set(DECODE_ONLY)),
+        "model": config.model.model_dump(mode="json", exclude={*DECODE_ONLY, *RESIDENT_ONLY}),
         "lora": config.lora.model_dump(mode="json"),
         "rollout": config.rollout.model_dump(mode="json"),
         "batch_size": config.training.batch_size,
     }
-    return _remembered("window", count_window, config, sections)
+    return _remembered("window", lambda: count_window(config), config, sections)
 
 
 def _decode(config: RunConfig) -> Counts:
     sections = {
-        "model": config.model.model_dump(mode="json", exclude=set(WINDOW_ONLY)),
+        "model": config.model.model_dump(mode="json", exclude={*WINDOW_ONLY, *RESIDENT_ONLY}),
         "reward": config.reward.model_dump(mode="json"),
         "offload": config.rollout.plan().offload_decode,
     }
-    return _remembered("decode", count_decode, config, sections)
+    return _remembered("decode", lambda: count_decode(config), config, sections)
+
+
+def _resident(config: RunConfig, lora_numbers: int, gpus: int) -> Resident:
+    sections = {
+        "model": config.model.model_dump(mode="json", exclude=set(WINDOW_ONLY)),
+        "reward": config.reward.model_dump(mode="json"),
+        "shared": [lora_numbers, gpus, config.training.zero],
+    }
+    return _remembered("resident", lambda: resident(config, lora_numbers, gpus), config, sections)
+
+
+def _encoders(config: RunConfig) -> dict[str, int]:
+    sections = {"model": config.model.model_dump(mode="json", exclude={*WINDOW_ONLY, *DECODE_ONLY, *RESIDENT_ONLY})}
+    return _remembered("encoders", lambda: family(config.family).encoder_bytes(config.model), config, sections)

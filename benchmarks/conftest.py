@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     size("--device", default="auto", help="auto, cpu or cuda")
     size("--weights", default="random", help="VGG19's: random (default, the same everywhere), imagenet or a path")
     size("--results", type=Path, help="file that rows are added to (default benchmarks/results/<machine>-<date>.json)")
-    size("--minutes", type=float, help="begin nothing after so many (default 9, none with --full)")
+    size("--minutes", type=float, help="begin nothing after so many (default 8, none with --full)")
     size("--longest", type=float, help="leave out rounds expected to take more seconds on a CPU (default: none)")
     size("--no-memory", action="store_true", help="measure no peaks: each takes a process of its own on a CPU")
 
@@ -53,7 +53,7 @@ def run(request: pytest.FixtureRequest) -> Run:
         threads,
         config.getoption("weights"),
         config.getoption("results"),
-        9.0 if minutes is None and level == "subset" else minutes,
+        8.0 if minutes is None and level == "subset" else minutes,
         config.getoption("longest"),
         not config.getoption("no_memory"),
     )

@@ -32,17 +32,15 @@ def _sort(values, of_magnitudes, words, spare, ordered):
     `ordered` [m] gets the values; `spare` [m], in its low halves, where each of them comes from. Eleven bits at a time, least first: the
     counts of all three passes stay in the fastest cache.
     """
-    bits, found = values.view(np.uint32), ordered.view(np.uint32)
+    bits, found, top = values.view(np.uint32), ordered.view(np.uint32), np.uint32(0x80000000)
     low, middle, high = np.zeros(2048, np.uint32), np.zeros(2048, np.uint32), np.zeros(1024, np.uint32)
     for i in range(len(bits)):
         b = bits[i]
         size = b & np.uint32(0x7FFFFFFF)
+        # no branch on the sign: it is as good as random
+        key = size | top if of_magnitudes else b ^ (np.uint32(-np.int64(b >> np.uint32(31))) | top)
         if size > np.uint32(0x7F800000):
             key = np.uint32(0xFFFFFFFF)
-        elif of_magnitudes or b == size:
-            key = size | np.uint32(0x80000000)
-        else:
-            key = ~b
         low[key & np.uint32(2047)] += 1
         middle[(key >> np.uint32(11)) & np.uint32(2047)] += 1
         high[key >> np.uint32(22)] += 1
@@ -70,7 +68,7 @@ def _sort(values, of_magnitudes, words, spare, ordered):
         high[digit] += 1
     for i in range(len(bits)):
         key = np.uint32(spare[i] >> np.uint64(32))
-        found[i] = key ^ np.uint32(0x80000000) if key >> np.uint32(31) else ~key
+        found[i] = key ^ top if key >= top else ~key
 
 
 @_compiled
@@ -126,10 +124,11 @@ def _compare(rows, target, target_singles, owners, offset, form, p, total, first
     words, spare, ordered = np.empty(m, np.uint64), np.empty(m, np.uint64), np.empty(m, np.float32)
     single_words, single_spare, singles = np.empty(s, np.uint64), np.empty(s, np.uint64), np.empty(s, np.float32)
     y = np.empty(s + (m if form == WHOLE else 2 * m), np.float32)
-    low_half = np.uint64(0xFFFFFFFF)
+    low_half, top = np.uint64(0xFFFFFFFF), np.uint32(0x80000000)
     for row in range(first, last):
         g, k = divmod(row, rows.shape[1])
         values, alone = rows[g, k, :m], rows[g, k, m : m + s]
+        signs = values.view(np.uint32)
         _sort(values, form == ODD, words, spare, ordered)
         _sort(alone, False, single_words, single_spare, singles)
         _merge(target[owners[g], offset + k], target_singles[owners[g], offset + k], form, y)
@@ -139,20 +138,21 @@ def _compare(rows, target, target_singles, owners, offset, form, p, total, first
             while smaller < s and singles[smaller] < v:
                 smaller += 1
             if form == WHOLE:
-                d = v - y[smaller + i]
+                d = v - y[np.uint64(smaller + i)]
                 cost += _cost(d, p)
                 values[at] = _slope(d, p)
             elif form == EVEN:
-                d, e = v - y[2 * i + smaller], v - y[2 * i + smaller + 1]
+                d, e = v - y[np.uint64(2 * i + smaller)], v - y[np.uint64(2 * i + smaller + 1)]
                 cost += _cost(d, p) + _cost(e, p)
                 values[at] = _slope(d, p) + _slope(e, p)
             else:
                 while smaller_than_mirrored > 0 and not singles[smaller_than_mirrored - 1] < -v:
                     smaller_than_mirrored -= 1
-                d, e = v - y[m + i + smaller], -v - y[m - 1 - i + smaller_than_mirrored]
+                d, e = v - y[np.uint64(m + i + smaller)], -v - y[np.uint64(m - 1 - i + smaller_than_mirrored)]
                 cost += _cost(d, p) + _cost(e, p)
-                slope = _slope(d, p) - _slope(e, p)
-                values[at] = -slope if values[at] < 0 else slope
+                sign = signs[at] & top
+                values[at] = _slope(d, p) - _slope(e, p)
+                signs[at] ^= sign
         for j in range(s):
             d = singles[j] - y[_pairs_up_to(singles[j], ordered, form) + j]
             cost += _cost(d, p)

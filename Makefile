@@ -22,7 +22,7 @@ train: $(STAMP)
 	$(BIN)/python vcd_fast/train.py --model wan --preset tiny --pictures examples/pictures --output $(RUN)
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)
 	$(BIN)/python tools/soak.py

@@ -90,7 +90,7 @@ pipeline_tag: image-to-video
 # tiny-i2v
 
 A Wan image-to-video pipeline of {about["parameters"]:,} weights: {WIDTH} x {HEIGHT} pixels, {FRAMES} frames, {figures["sampling_steps"]} sampling steps. Made
-by `make tiny-i2v`, see `examples/tiny_i2v`; for experiments with the Video Consistency Distance, for nothing else.
+by the scripts of `examples/tiny_i2v`; for experiments with the Video Consistency Distance, for nothing else.
 
     from diffusers import WanImageToVideoPipeline
     pipeline = WanImageToVideoPipeline.from_pretrained("examples/tiny_i2v/model")

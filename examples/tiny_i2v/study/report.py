@@ -122,7 +122,12 @@ def main() -> None:
 
     figures = summary(read_rows(options.output))
     (options.docs / "data").mkdir(parents=True, exist_ok=True)
-    record = {"command": "make study", "commit": commit(), "versions": versions(), "arms": figures}
+    record = {
+        "command": "python -m examples.tiny_i2v.study.run",
+        "commit": commit(),
+        "versions": versions(),
+        "arms": figures,
+    }
     (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(figures, options.docs / "study.png")
     page = options.docs / "does-it-work.md"

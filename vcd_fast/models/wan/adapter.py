@@ -23,7 +23,9 @@ from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings
 from vcd_fast.models.wan.targets import LORA_TARGETS
 
 LATENT_CHANNELS = 16
-CONDITION_CHANNELS = 20
+"""of Wan 2.1's VAE; another of its class may have others"""
+MASK_CHANNELS = 4
+CONDITION_CHANNELS = LATENT_CHANNELS + MASK_CHANNELS
 
 
 def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> WanI2V:
@@ -48,11 +50,14 @@ def _from_folder(settings: ModelSettings) -> tuple[nn.Module, nn.Module]:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     folder = resolve(settings, ["transformer", "vae"])
-    channels = read_config(folder, "transformer").get("in_channels")
-    if channels != LATENT_CHANNELS + CONDITION_CHANNELS:
+    channels, latent = (
+        read_config(folder, part).get(key, default)
+        for part, key, default in (("transformer", "in_channels", None), ("vae", "z_dim", LATENT_CHANNELS))
+    )
+    if channels != 2 * latent + MASK_CHANNELS:
         raise ValueError(
-            f"model.weights: expected an image-to-video transformer with {LATENT_CHANNELS + CONDITION_CHANNELS} input channels in "
-            f"{folder / 'transformer'}, got {channels} (16 would be a text-to-video model)"
+            f"model.weights: expected an image-to-video transformer with {2 * latent + MASK_CHANNELS} input channels in "
+            f"{folder / 'transformer'}, got {channels} ({latent} would be a text-to-video model)"
         )
     transformer = WanTransformer3DModel.from_pretrained(
         folder, subfolder="transformer", torch_dtype=getattr(torch, settings.dtype), local_files_only=True
@@ -119,8 +124,8 @@ class WanI2V:
         return flow_schedule(sampling_steps, self.settings.shift)
 
     def initial(self, condition: WanCondition, generator: Generators) -> State:
-        batch, _, *size = condition.latents.shape
-        noise = draw_noise((LATENT_CHANNELS, *size), batch, generator)
+        batch, channels, *size = condition.latents.shape
+        noise = draw_noise((channels - MASK_CHANNELS, *size), batch, generator)
         return State(noise.to(condition.latents.device))
 
     def velocity(

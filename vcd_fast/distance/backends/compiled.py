@@ -16,6 +16,8 @@ from vcd_fast.distance.lists import Form
 
 WHOLE, EVEN, ODD = range(3)
 FORMS: dict[Form, int] = {"whole": WHOLE, "even": EVEN, "odd": ODD}
+FEW_SINGLES = 8
+"""up to which counting what is below each of them takes less time than a pass over the sorted list"""
 
 
 def _compiled(function: Callable) -> Callable:
@@ -26,25 +28,28 @@ def _compiled(function: Callable) -> Callable:
 
 
 @_compiled
-def _sort(values, of_magnitudes, words, spare, ordered):
-    """Stable radix sort of float32 values [m] or their magnitudes, NaN last.
+def _key(bits, of_magnitudes):
+    """Bits of a float32 value, or of its magnitude -> a number ordered as they are, NaN last."""
+    size, top = bits & np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
+    # no branch on the sign: it is as good as random
+    key = size | top if of_magnitudes else bits ^ (np.uint32(-np.int64(bits >> np.uint32(31))) | top)
+    return np.uint32(0xFFFFFFFF) if size > np.uint32(0x7F800000) else key
 
-    `ordered` [m] gets the values; `spare` [m], in its low halves, where each of them comes from. Eleven bits at a time, least first: the
-    counts of all three passes stay in the fastest cache.
+
+@_compiled
+def _almost_sorted(values, of_magnitudes, words, spare):
+    """Two of the three passes of a stable radix sort of float32 values [m] or their magnitudes, NaN last.
+
+    Eleven bits at a time, least first: the counts of all passes stay in the fastest cache. `spare` [m] gets words, key above index, in the
+    order of their lower 22 bits. Returns, for every value of the upper ten, the rank of the first word that has it.
     """
-    bits, found, top = values.view(np.uint32), ordered.view(np.uint32), np.uint32(0x80000000)
+    bits = values.view(np.uint32)
     low, middle, high = np.zeros(2048, np.uint32), np.zeros(2048, np.uint32), np.zeros(1024, np.uint32)
     for i in range(len(bits)):
-        b = bits[i]
-        size = b & np.uint32(0x7FFFFFFF)
-        # no branch on the sign: it is as good as random
-        key = size | top if of_magnitudes else b ^ (np.uint32(-np.int64(b >> np.uint32(31))) | top)
-        if size > np.uint32(0x7F800000):
-            key = np.uint32(0xFFFFFFFF)
+        key = _key(bits[i], of_magnitudes)
         low[key & np.uint32(2047)] += 1
         middle[(key >> np.uint32(11)) & np.uint32(2047)] += 1
         high[key >> np.uint32(22)] += 1
-        words[i] = (np.uint64(key) << np.uint64(32)) | np.uint64(i)
     for counts in (low, middle, high):
         start = np.uint32(0)
         for j in range(len(counts)):
@@ -52,23 +57,70 @@ def _sort(values, of_magnitudes, words, spare, ordered):
             counts[j] = start
             start += count
     for i in range(len(bits)):
-        word = words[i]
-        digit = (word >> np.uint64(32)) & np.uint64(2047)
-        spare[low[digit]] = word
+        key = _key(bits[i], of_magnitudes)
+        digit = key & np.uint32(2047)
+        words[low[digit]] = (np.uint64(key) << np.uint64(32)) | np.uint64(i)
         low[digit] += 1
     for i in range(len(bits)):
-        word = spare[i]
-        digit = (word >> np.uint64(43)) & np.uint64(2047)
-        words[middle[digit]] = word
-        middle[digit] += 1
-    for i in range(len(bits)):
         word = words[i]
+        digit = (word >> np.uint64(43)) & np.uint64(2047)
+        spare[middle[digit]] = word
+        middle[digit] += 1
+    return high
+
+
+@_compiled
+def _last_pass(spare, high, words):
+    for i in range(len(spare)):
+        word = spare[i]
         digit = word >> np.uint64(54)
-        spare[high[digit]] = word
+        words[high[digit]] = word
         high[digit] += 1
-    for i in range(len(bits)):
-        key = np.uint32(spare[i] >> np.uint64(32))
-        found[i] = key ^ top if key >= top else ~key
+
+
+@_compiled
+def _words_up_to(key, words, or_equal):
+    """How many of the sorted words have keys < or <= key."""
+    first, last = 0, len(words)
+    while first < last:
+        middle = (first + last) // 2
+        other = np.uint32(words[middle] >> np.uint64(32))
+        if other < key or (or_equal and other == key):
+            first = middle + 1
+        else:
+            last = middle
+    return first
+
+
+@_compiled
+def _positions(values, words, ordered, singles, form, positions):
+    """Positions in the full list of its ascending single values, which stand behind pairs equal to them; strictly ascending.
+
+    Counted among `values`, or found in `words` if those are `ordered`.
+    """
+    m = len(values)
+    bits = singles.view(np.uint32)
+    for j in range(len(singles)):
+        x = singles[j]
+        mirrored = form == ODD and x < 0  # -v <= x where v >= -x
+        count = 0
+        if ordered:
+            count = _words_up_to(_key(bits[j], form == ODD), words, not mirrored)
+            count = m - count if mirrored else count
+        elif mirrored:
+            for i in range(m):
+                count += abs(values[i]) >= -x
+        elif form == ODD:
+            for i in range(m):
+                count += not abs(values[i]) > x
+        else:
+            for i in range(m):
+                count += not values[i] > x
+        if form == EVEN:
+            count *= 2
+        elif form == ODD and not mirrored:
+            count += m
+        positions[j] = count + j
 
 
 @_compiled
@@ -88,24 +140,46 @@ def _pairs_up_to(single, values, form):
 
 
 @_compiled
-def _merge(values, singles, form, full):
-    """The full ascending list of representatives and single values, both ascending; the latter stand behind pairs equal to them."""
-    m, done = len(values), 0
-    for j in range(len(singles) + 1):
-        end = _pairs_up_to(singles[j], values, form) if j < len(singles) else len(full) - j
-        piece = full[done + j : end + j]
-        if form == ODD:
-            for i in range(done, min(end, m)):
-                piece[i - done] = -values[m - 1 - i]
-            for i in range(max(done, m), end):
-                piece[i - done] = values[i - m]
+def _copy_pairs(values, start, form, piece):
+    """Values number `start` and on of the pairs of ascending representatives, in ascending order, into `piece`."""
+    m = len(values)
+    if form != ODD:
+        shift = np.uint64(form == EVEN)
+        for i in range(len(piece)):
+            piece[i] = values[np.uint64(start + i) >> shift]
+        return
+    below = min(max(m - start, 0), len(piece))
+    for i in range(below):
+        piece[i] = -values[np.uint64(m - 1 - start - i)]
+    above, source = piece[below:], values[max(start - m, 0) :]
+    for i in range(len(above)):
+        above[i] = source[np.uint64(i)]
+
+
+@_compiled
+def _opposite(values, singles, form, positions, pairs, alone):
+    """What the other list's pairs and single values are compared with, if its single values stand at `positions`.
+
+    `pairs` and `alone` get the full list of ascending representatives `values` and ascending `singles`, in ascending order, shared out.
+    """
+    s, length = len(singles), len(pairs) + len(singles)
+    mine, theirs, at = 0, 0, 0
+    while at < length:
+        my_next = _pairs_up_to(singles[mine], values, form) + mine if mine < s else length
+        their_next = positions[theirs] if theirs < s else length
+        end = max(at, min(my_next, their_next))
+        _copy_pairs(values, at - mine, form, pairs[at - theirs : end - theirs])
+        at = end
+        if at == length:
+            return
+        piece = alone[theirs : theirs + 1] if at == their_next else pairs[at - theirs : at - theirs + 1]
+        if at >= my_next:
+            piece[0] = singles[mine]
+            mine += 1
         else:
-            shift = np.uint64(form == EVEN)
-            for i in range(len(piece)):
-                piece[i] = values[np.uint64(done + i) >> shift]
-        if j < len(singles):
-            full[end + j] = singles[j]
-        done = end
+            _copy_pairs(values, at - mine, form, piece)
+        theirs += at == their_next
+        at += 1
 
 
 @_compiled
@@ -115,56 +189,75 @@ def _cost(difference, p):
 
 @_compiled
 def _slope(difference, p):
-    return np.float32(difference > 0) - np.float32(difference < 0) if p == 1 else 2 * difference
+    if p == 1:
+        return np.float32(np.int32(difference > 0) - np.int32(difference < 0))
+    return 2 * difference
 
 
 @_compiled
 def _compare(rows, target, target_singles, owners, offset, form, p, total, first, last):
     m, s = target.shape[2], target_singles.shape[2]
-    words, spare, ordered = np.empty(m, np.uint64), np.empty(m, np.uint64), np.empty(m, np.float32)
-    single_words, single_spare, singles = np.empty(s, np.uint64), np.empty(s, np.uint64), np.empty(s, np.float32)
-    y = np.empty(s + (m if form == WHOLE else 2 * m), np.float32)
-    low_half, top = np.uint64(0xFFFFFFFF), np.uint32(0x80000000)
+    words, spare = np.empty(m, np.uint64), np.empty(m, np.uint64)
+    singles, positions, alone = np.empty(s, np.float32), np.empty(s, np.int64), np.empty(s, np.float32)
+    y = np.empty(m if form == WHOLE else 2 * m, np.float32)
+    low_half, top, one = np.uint64(0xFFFFFFFF), np.uint32(0x80000000), np.uint64(1)
+    ordered = s > FEW_SINGLES
     for row in range(first, last):
         g, k = divmod(row, rows.shape[1])
-        values, alone = rows[g, k, :m], rows[g, k, m : m + s]
+        values, lone = rows[g, k, :m], rows[g, k, m : m + s]
         signs = values.view(np.uint32)
-        _sort(values, form == ODD, words, spare, ordered)
-        _sort(alone, False, single_words, single_spare, singles)
-        _merge(target[owners[g], offset + k], target_singles[owners[g], offset + k], form, y)
-        cost, smaller, smaller_than_mirrored = 0.0, 0, s
-        for i in range(m):
-            at, v = spare[i] & low_half, ordered[i]
-            while smaller < s and singles[smaller] < v:
-                smaller += 1
+        order = np.argsort(lone)
+        for j in range(s):
+            singles[j] = lone[order[j]] + np.float32(0)  # without -0, whose key is another
+        high = _almost_sorted(values, form == ODD, words, spare)
+        if ordered:
+            _last_pass(spare, high, words)
+        source = words if ordered else spare
+        _positions(values, words, ordered, singles, form, positions)
+        _opposite(target[owners[g], offset + k], target_singles[owners[g], offset + k], form, positions, y, alone)
+        cost = 0.0
+        # the last pass of the sort, but where a word would go, what it stands for is compared
+        for n in range(m):
+            word = source[n]
+            i = np.uint64(n)
+            if not ordered:
+                digit = word >> np.uint64(54)
+                i = np.uint64(high[digit])
+                high[digit] += 1
+            at = word & low_half
             if form == WHOLE:
-                d = v - y[np.uint64(smaller + i)]
+                d = values[at] - y[i]
                 cost += _cost(d, p)
                 values[at] = _slope(d, p)
             elif form == EVEN:
-                d, e = v - y[np.uint64(2 * i + smaller)], v - y[np.uint64(2 * i + smaller + 1)]
+                d, e = values[at] - y[i + i], values[at] - y[i + i + one]
                 cost += _cost(d, p) + _cost(e, p)
                 values[at] = _slope(d, p) + _slope(e, p)
             else:
-                while smaller_than_mirrored > 0 and not singles[smaller_than_mirrored - 1] < -v:
-                    smaller_than_mirrored -= 1
-                d, e = v - y[np.uint64(m + i + smaller)], -v - y[np.uint64(m - 1 - i + smaller_than_mirrored)]
+                v, sign = abs(values[at]), signs[at] & top
+                d, e = v - y[np.uint64(m) + i], -v - y[np.uint64(m) - one - i]
                 cost += _cost(d, p) + _cost(e, p)
-                sign = signs[at] & top
                 values[at] = _slope(d, p) - _slope(e, p)
                 signs[at] ^= sign
         for j in range(s):
-            d = singles[j] - y[_pairs_up_to(singles[j], ordered, form) + j]
+            d = singles[j] - alone[j]
             cost += _cost(d, p)
-            alone[single_spare[j] & low_half] = _slope(d, p)
+            lone[order[j]] = _slope(d, p)
         total[g, k] = cost
 
 
 @_compiled
 def _sort_rows(source, ordered, first, last):
     words, spare = np.empty(source.shape[1], np.uint64), np.empty(source.shape[1], np.uint64)
+    bits, top = ordered.view(np.uint32), np.uint32(0x80000000)
     for row in range(first, last):
-        _sort(source[row], False, words, spare, ordered[row])
+        high = _almost_sorted(source[row], False, words, spare)
+        for i in range(len(spare)):
+            word = spare[i]
+            digit = word >> np.uint64(54)
+            key = np.uint32(word >> np.uint64(32))
+            bits[row, high[digit]] = key ^ top if key >= top else ~key
+            high[digit] += 1
 
 
 def sort(source: np.ndarray, ordered: np.ndarray, first: int, last: int) -> None:

@@ -367,7 +367,7 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> i
         folder.mkdir(parents=True, exist_ok=True)
         session = Session(folder, ends, facts(folder, chosen.commit))
         records = run_parts(session, wanted, chosen.again, chosen.bundle)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
         print(f"gpu_session: {error}", file=sys.stderr)
         return 1
     print("\n".join(table(wanted, records)))

@@ -31,6 +31,7 @@ TRAIN = [
 ]
 GPU = ["triton>=3.4; sys_platform == 'linux'", "xformers>=0.0.32; sys_platform == 'linux'"]
 EVAL = [*CLI, "scipy>=1.11"]
+EXAMPLES = ["scikit-image>=0.22"]  # its bundled photographs
 TEST = [
     *CPU,
     "pytest>=8",
@@ -54,9 +55,9 @@ setup(
     python_requires=">=3.10",
     # Only vcd_fast may become importable: a top-level `kernels` would shadow the PyPI package of that name,
     # which diffusers and transformers probe for. vcd_fast/kernels.py finds the files in either place.
-    packages=[*find_packages(include=["vcd_fast", "vcd_fast.*"]), "vcd_fast.kernels"],
-    package_dir={"vcd_fast.kernels": "kernels"},
-    package_data={"vcd_fast": ["presets/*/*.yaml"]},
+    packages=[*find_packages(include=["vcd_fast", "vcd_fast.*"]), "vcd_fast.kernels", "vcd_fast.tiny_i2v"],
+    package_dir={"vcd_fast.kernels": "kernels", "vcd_fast.tiny_i2v": "examples/tiny_i2v/model"},
+    package_data={"vcd_fast": ["presets/*/*.yaml"], "vcd_fast.tiny_i2v": ["*.json", "*.md", "*/*"]},
     install_requires=CORE,
     extras_require={
         "cli": CLI,
@@ -65,7 +66,8 @@ setup(
         "gpu": GPU,
         "eval": EVAL,
         "test": TEST,
-        "all": sorted({*TRAIN, *GPU, *EVAL, *TEST}),
+        "examples": EXAMPLES,
+        "all": sorted({*TRAIN, *GPU, *EVAL, *TEST, *EXAMPLES}),
     },
     entry_points={"console_scripts": ["vcd = vcd_fast.cli.main:main"]},
     classifiers=[

@@ -60,7 +60,14 @@ def _legend(figure: Figure, every: Iterable[Axes]) -> None:
     for axes in every:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 if figure.get_figwidth() > 10 else 2, fontsize=8, frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=4 if figure.get_figwidth() > 10 else 2,
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def _scale(axes: Axes, say: Callable[[float], str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "examples" / "tiny_i2v" / "model"
 
 
 def python(code: str, cwd: Path, *path: Path, **environment: str) -> str:
@@ -51,6 +52,8 @@ def test_a_wheel_brings_vcd_fast_and_nothing_else(wheel):
     assert {name for name in folders if not name.endswith(".dist-info")} == {"vcd_fast"}
     assert "vcd_fast/presets/wan/tiny.yaml" in names
     assert "vcd_fast/kernels.py" in names
+    model = {f"vcd_fast/tiny_i2v/{path.relative_to(MODEL)}" for path in MODEL.rglob("*") if path.is_file()}
+    assert model <= set(names)
     sources = {f"vcd_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py") if tracked(path)}
     assert sources <= set(names)
     assert not any(name.startswith("vcd_fast/kernels/__init__") for name in names)
@@ -70,6 +73,13 @@ def test_the_installed_kernels_are_those_of_the_wheel(wheel, tmp_path):
     package, kernels = python(code, tmp_path, tmp_path / "site").splitlines()
     assert package.startswith(str(tmp_path / "site"))
     assert kernels == str(tmp_path / "site" / "vcd_fast" / "kernels")
+
+
+def test_the_installed_small_model_is_that_of_the_wheel(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from vcd_fast.models.wan.loading import bundled_model; print(bundled_model())"
+    assert python(code, tmp_path, tmp_path / "site") == str(tmp_path / "site" / "vcd_fast" / "tiny_i2v")
 
 
 def test_the_checkout_finds_its_kernels():

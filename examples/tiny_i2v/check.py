@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from examples.tiny_i2v.build import MODEL
 from examples.tiny_i2v.clips import FRAMES, HEIGHT, MOTIONS, WIDTH, scene
 from examples.tiny_i2v.measure import amount, measure, shows, warp
 from examples.tiny_i2v.photos import HELD_OUT, TRAINING, read_photo
-from examples.tiny_i2v.sample import SAMPLING_STEPS, Scene, animate, encode, held_out_scenes, settings
+from examples.tiny_i2v.sample import GUIDANCE, SAMPLING_STEPS, Scene, animate, encode, held_out_scenes, settings
 from vcd_fast.evaluation.machine import versions
 from vcd_fast.media import frame_strip, write_image
 from vcd_fast.models import wan
@@ -26,10 +27,10 @@ def decibels(squared_error: float) -> float:
 
 
 @torch.no_grad()
-def reconstruction(vae: torch.nn.Module, seed: int = 1) -> dict[str, float]:
+def reconstruction(vae: torch.nn.Module, seed: int = 1, photos: Sequence[str] = HELD_OUT) -> dict[str, float]:
     """PSNR in dB of clips of the whole photograph through the VAE: a pan, a zoom, stillness."""
     found = {}
-    for name in HELD_OUT:
+    for name in photos:
         photo, generator, errors = read_photo(name), torch.Generator().manual_seed(seed), []
         for motion in ("pan_left", "zoom_in", "still"):
             clip, _ = scene(photo, MOTIONS[motion], generator, whole=True)
@@ -89,8 +90,8 @@ pipeline_tag: image-to-video
 
 # tiny-i2v
 
-A Wan image-to-video pipeline of {about["parameters"]:,} weights: {WIDTH} x {HEIGHT} pixels, {FRAMES} frames, {figures["sampling_steps"]} sampling steps. Made
-by the scripts of `examples/tiny_i2v`; for experiments with the Video Consistency Distance, for nothing else.
+A Wan image-to-video pipeline of {about["parameters"]:,} weights: {WIDTH} x {HEIGHT} pixels, {FRAMES} frames, {figures["sampling_steps"]} sampling steps, guidance {figures["guidance_scale"]:g}.
+Made by the scripts of `examples/tiny_i2v`; for experiments with the Video Consistency Distance, for nothing else.
 
     from diffusers import WanImageToVideoPipeline
     pipeline = WanImageToVideoPipeline.from_pretrained("examples/tiny_i2v/model")
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     options = parser.parse_args()
 
     from diffusers import AutoencoderKLWan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,11 @@ HELD_OUT = ("coffee.jpg", "raccoon.jpg", "coins.png", "clock_motion.png")
 """coffee and raccoon are those held out in `examples/pictures/metadata.jsonl`"""
 
 
+def of_the_repository(names: Sequence[str]) -> tuple[str, ...]:
+    """Those that need no scikit-image."""
+    return tuple(name for name in names if (PICTURES / name).is_file())
+
+
 def read_photo(name: str) -> Tensor:
     """[3, H, W] float32 in [0, 1], from `examples/pictures` or from scikit-image's bundled data.
 
@@ -39,7 +45,7 @@ def read_photo(name: str) -> Tensor:
     try:
         import skimage.data
     except ImportError as error:
-        raise ImportError(f"{name} comes with scikit-image: pip install scikit-image") from error
+        raise ImportError(f'{name} comes with scikit-image: pip install scikit-image (the extra "examples")') from error
     path = Path(skimage.data.__file__).parent / name
     if not path.is_file():
         raise FileNotFoundError(f"{name} is neither in {PICTURES} nor in {path.parent}")

@@ -16,6 +16,8 @@ from vcd_fast.models import wan
 from vcd_fast.models.base import Condition, I2VModel
 
 SAMPLING_STEPS = 12
+GUIDANCE = 5.0
+"""Wan's own; less of it, less of the motion asked for, and less contrast than the picture's in place of more"""
 CONTRAST = 0.1
 """standard deviation a picture has at least: on an empty wall no motion can be seen"""
 
@@ -29,13 +31,15 @@ class Scene(NamedTuple):
     cutout: CutOut | None
 
 
-def held_out_scenes(count: int, seed: int = 0, motions: Sequence[str] = tuple(MOTIONS)) -> list[Scene]:
+def held_out_scenes(
+    count: int, seed: int = 0, motions: Sequence[str] = tuple(MOTIONS), photos: Sequence[str] = HELD_OUT
+) -> list[Scene]:
     """Every photograph with every motion in turn, each time another part of it."""
     found = []
     for index in range(count):
-        name, motion = HELD_OUT[index % len(HELD_OUT)], MOTIONS[motions[index % len(motions)]]
+        name, motion = photos[index % len(photos)], MOTIONS[motions[index % len(motions)]]
         generator = torch.Generator().manual_seed((seed << 32) + index)
-        piece = read_photo(HELD_OUT[(index + 1) % len(HELD_OUT)])
+        piece = read_photo(photos[(index + 1) % len(photos)])
         clip = torch.zeros(1, 2)
         while clip[0].std() < CONTRAST:
             clip, cutout = scene(read_photo(name), motion, generator, piece_from=piece)
@@ -43,7 +47,7 @@ def held_out_scenes(count: int, seed: int = 0, motions: Sequence[str] = tuple(MO
     return found
 
 
-def settings(model: Path = MODEL, guidance_scale: float = 1.0) -> wan.ModelSettings:
+def settings(model: Path = MODEL, guidance_scale: float = GUIDANCE) -> wan.ModelSettings:
     return wan.ModelSettings(
         weights=str(model),
         height=HEIGHT,

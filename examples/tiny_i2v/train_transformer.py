@@ -27,6 +27,8 @@ SHIFT = 3.0
 DROPPED_PROMPTS = 0.1
 """of the prompts are empty in training, for classifier-free guidance"""
 HEADS, HEAD_DIM, LAYERS, FFN = 6, 32, 4, 512
+OFTEN = {"drift": 2.5, "zoom": 2.0, "rotate": 2.0}
+"""how much oftener than others clips are drawn whose motion is harder to learn"""
 
 
 class Clips(NamedTuple):
@@ -138,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder train_vae wrote to")
     parser.add_argument("--clips", type=int, default=4500)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of Muon; AdamW's is a tenth")
     parser.add_argument("--seed", type=int, default=0)
@@ -158,10 +160,11 @@ def main() -> None:
     step, spent = load_state(path, model, optimizer, average)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {step}")
     began, recent, motions = time.monotonic() - spent, [], list(MOTIONS.values())
+    share = torch.tensor([OFTEN.get(name.split("_")[0], 1.0) for name in MOTIONS])[clips.motion]
     while step < options.steps:
         generator = torch.Generator().manual_seed((options.seed << 32) + step)
         rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
-        picked = torch.randint(len(latents), (options.batch_size,), generator=generator)
+        picked = torch.multinomial(share, options.batch_size, replacement=True, generator=generator)
         uniform = (
             torch.rand(options.batch_size, generator=generator) + torch.arange(options.batch_size)
         ) / options.batch_size

@@ -1,6 +1,8 @@
 """Train the VAE: `python -m examples.tiny_i2v.train_vae --output runs/tiny_i2v` (step 1 of 3, see README.md). Goes on where it stopped.
 
-L1 and squared error of the pixels, with noise on the latents in place of a posterior's: the Wan pipeline only ever uses the mode.
+L1 and squared error of the pixels, with noise on the latents in place of a posterior's: the Wan pipeline only ever uses the mode. The last
+two channels are asked to say where in the picture they are: Wan's transformer knows how far apart two places are, not where they
+are, and to zoom and to rotate is to move every place in another way.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ NOISE = 0.1
 CONFIG = {
     "base_dim": 24,
     "decoder_base_dim": 24,
-    "z_dim": 32,
+    "z_dim": 34,
     "dim_mult": [1, 2, 2],
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],
@@ -47,6 +49,13 @@ def new_vae() -> nn.Module:
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(**CONFIG, latents_mean=[0.0] * CONFIG["z_dim"], latents_std=[1.0] * CONFIG["z_dim"])
+
+
+def places(latents: Tensor) -> Tensor:
+    """What the last two channels of latents [B, C, f, h, w] shall be: x and y in (-1, 1), times the deviation of all latents."""
+    y, x = (torch.arange(size, device=latents.device).add(0.5) / size * 2 - 1 for size in latents.shape[-2:])
+    where = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1])[:, None]
+    return latents.detach().std() * where.expand(len(latents), -1, latents.shape[2], -1, -1)
 
 
 def load_vae(folder: Path) -> nn.Module:
@@ -146,7 +155,10 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16), pictures_as_planes():
             decoded, latents = reconstruct(vae, video, NOISE * noise)
         error = decoded.float() - video
-        loss = error.abs().mean() + 2 * error.square().mean() + 1e-4 * latents.float().square().mean()
+        misplaced = (latents[:, -2:].float() - places(latents.float())).square().mean()
+        loss = (
+            error.abs().mean() + 2 * error.square().mean() + 1e-4 * latents.float().square().mean() + 0.01 * misplaced
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step(rate)

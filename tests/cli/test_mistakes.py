@@ -131,7 +131,7 @@ def test_a_full_disk_while_saving(folder, tmp_path):
         (("generate", "nowhere.png", "a cat"), ("nowhere.png",)),
         (("generate", "PICTURE", "a cat", *TINY, "--size", "50x50"), ("model.height", "multiple of 16")),
         (("generate", "PICTURE", "a cat", *TINY, "--lora", "nowhere"), ("nowhere",)),
-        (("generate", "PICTURE", "a cat"), ("model.weights",)),
+        (("generate", "PICTURE", "a cat", "--weights", "nowhere/else"), ("model.weights",)),
         (("export", "nowhere", "out"), ("nowhere",)),
         (("score", "nowhere.mp4", "--weights", "random"), ("nowhere.mp4",)),
     ],

@@ -70,6 +70,13 @@ class TestGenerate:
         assert torch.equal(videos["base"], videos["zero"])
         assert (videos["base"] - videos["tuned"]).abs().mean() > 0.005
 
+    def test_without_a_model_named_the_small_one_is_used_and_said_so(self, vcd, picture, tmp_path):
+        code, out, err = vcd("generate", picture, "the camera pans left", "--steps", "2", "--no-strip", cwd=tmp_path)
+        assert code == 0, err
+        assert "no --preset or --weights: tiny-i2v" in out
+        (found,) = tmp_path.glob("*.mp4")
+        assert read_video(found)[0].shape == (9, 3, 64, 96)
+
     def test_the_picture_itself_is_never_overwritten(self, vcd, picture):
         before = picture.read_bytes()
         code, _, err = vcd("generate", picture, "a cat runs", *TINY, "-o", picture)

@@ -9,7 +9,7 @@ from examples.tiny_i2v.state import Average, load_state, save_state
 from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
 from examples.tiny_i2v.text import attend_to_short_text, encode_prompts
 from examples.tiny_i2v.train_transformer import Model, matrices
-from examples.tiny_i2v.train_vae import CONFIG, new_vae, pictures_as_planes, reconstruct
+from examples.tiny_i2v.train_vae import CONFIG, new_vae, pictures_as_planes, places, reconstruct
 
 
 def generator(seed=0):
@@ -169,3 +169,12 @@ def test_intervals_widen_with_clusters_not_with_copies():
         clustered([1.0], [0])
     assert sign_flip_p([1.0, 1.2, 0.9, 1.1, 1.3, 0.8, 1.0, 1.1, 0.9, 1.0]) < 0.01
     assert sign_flip_p([1.0, -1.0, 0.5, -0.5]) > 0.5
+
+
+def test_places_say_where_a_latent_is():
+    latents = torch.randn(2, CONFIG["z_dim"], 3, 8, 12, generator=generator(4))
+    x, y = places(latents)[1, :, 2] / latents.std()
+    torch.testing.assert_close(x, x[:1].expand_as(x))
+    torch.testing.assert_close(y, y[:, :1].expand_as(y))
+    torch.testing.assert_close(x[0], torch.linspace(-1 + 1 / 12, 1 - 1 / 12, 12))
+    torch.testing.assert_close(y[:, 0], torch.linspace(-1 + 1 / 8, 1 - 1 / 8, 8))

@@ -22,6 +22,7 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Fit the step cache's polynomial to a model that none was published for."""
+    import torch
     from rich.progress import Progress
 
     from vcd_fast.config import compose_sections
@@ -45,18 +46,17 @@ def calibrate(
     chosen = range(min(limit, len(folder.samples)))
     torch_device = pick_device(device)
     package = family(model)
+    samples = [folder.samples[index] for index in chosen]
     encoder = package.load_encoder(settings, torch_device)
-    conditions = [
-        encoder.encode(
-            folder.image(index)[None],
-            [folder.samples[index].prompt],
-            [folder.samples[index].negative_prompt or settings.negative_prompt],
-            settings.height,
-            settings.width,
-            settings.num_frames,
-        )
-        for index in chosen
-    ]
+    # all in one call: text encoder, VAE and image encoder are read from disk once each
+    conditions = encoder.encode(
+        torch.stack([folder.image(index) for index in chosen]),
+        [sample.prompt for sample in samples],
+        [sample.negative_prompt or settings.negative_prompt for sample in samples],
+        settings.height,
+        settings.width,
+        settings.num_frames,
+    ).split()
     del encoder
     network = package.load_model(settings, torch_device)
     observations = []

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+SMALL_MODEL = "tiny-i2v"
+"""preset of the model of family wan that comes with the package"""
+
 
 def generate(
     image: Annotated[Path, typer.Argument(help="the picture the video starts from")],
@@ -41,6 +44,9 @@ def generate(
     from vcd_fast.models.lora import load_lora, read_lora
     from vcd_fast.rollout.generate import generate as sample
 
+    if model == "wan" and preset is None and weights is None:
+        preset = SMALL_MODEL
+        print(f"no --preset or --weights: {SMALL_MODEL}, the small model that comes with vcd_fast")
     width, height = parse_size(size) if size else (None, None)
     given = {
         "weights": weights,

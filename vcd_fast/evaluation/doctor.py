@@ -24,7 +24,7 @@ from vcd_fast.evaluation.machine import PACKAGES, gib, gpu_driver, memory_bytes,
 Status = Literal["ok", "note", "problem"]
 
 WITHOUT = {
-    "numba": "the distance on CPUs in a third of the time",
+    "numba": "the distance on CPUs in about half the time",
     "triton": "the kernels of the distance, on GPUs",
     "xformers": "attention_backend: xformers; sdpa needs nothing",
 }

@@ -24,7 +24,7 @@ ARMS = (
     Arm("fdl", "FDL: 5x5 patches", ("--distance", "fdl")),
     Arm("last_3", "VCD, last 3 steps", ("--backprop", "last:3")),
     Arm("spaced_3", "VCD, 3 spaced steps", ("--backprop", "spaced:3")),
-    Arm("step_cache", "VCD, step cache", ("--step-cache", "teacache")),
+    Arm("step_cache", "VCD, step cache", ("--step-cache", "teacache", "--cache-threshold", "0.14")),
 )
 BY_NAME = {arm.name: arm for arm in (BASE, *ARMS)}
 MOTIONS = (

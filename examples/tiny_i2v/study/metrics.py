@@ -30,12 +30,13 @@ class Metrics:
     """Of videos [T, 3, H, W] in [0, 1] whose first frame was to be `scene.true[0]`.
 
     vcd: the distance of the preset `vcd`. psnr: dB of frames 1.. against the picture moved as they moved, where that is known. features:
-    cosine of VGG19's features at every place (relu1_1 to relu5_1), the mean over places, layers and frames, against those of the picture so moved.
+    cosine of VGG19's features at every place (relu1_1 to relu5_1), the mean over places, layers and every other frame, against those of the
+    picture so moved.
     flicker: 255 · mean |change of the difference to the moved picture| from frame to frame. motion: the part of the motion asked for (for
     stillness: what moved). shown: whether it is the motion named. sharpness: deviation of the Laplacian against the picture's.
     """
 
-    def __init__(self, vgg19: str = "random", num_projections: int = 256) -> None:
+    def __init__(self, vgg19: str = "random", num_projections: int = 64) -> None:
         self.extractor = VGG19Features(vgg19)
         self.loss = VCDLoss("vcd", extractor=self.extractor, num_projections=num_projections)
 
@@ -52,7 +53,7 @@ class Metrics:
         return {
             "vcd": float(self.loss(video[None], picture[None])),
             "psnr": float((-10 * squared.clamp_min(1e-8).log10()).mean()),
-            "features": self._cosine(video[1:], filled[1:]),
+            "features": self._cosine(video[2::2], filled[2::2]),
             "flicker": 255 * float(change),
             "motion": amount(found, scene.motion),
             "shown": float(shows(found, scene.motion)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from examples.tiny_i2v.study import arms
 from vcd_fast.media import write_image
 
 
-def write_pictures(folder: Path, count: int, seed: int = 1) -> Path:
+def write_pictures(folder: Path, count: int, seed: int = 1, photos: Sequence[str] = TRAINING) -> Path:
     """`count` pictures and metadata.jsonl, if the folder is not there yet; none of a photograph that is held out."""
     if folder.is_dir():
         return folder
@@ -27,7 +28,7 @@ def write_pictures(folder: Path, count: int, seed: int = 1) -> Path:
     for index in range(count):
         generator = torch.Generator().manual_seed((seed << 32) + index)
         motion = MOTIONS[arms.MOTIONS[index % len(arms.MOTIONS)]]
-        photo = read_photo(TRAINING[index % len(TRAINING)])
+        photo = read_photo(photos[index % len(photos)])
         picture = torch.zeros(1, 2)
         while picture.std() < CONTRAST:
             picture = scene(photo, motion, generator, frames=1)[0][0]

@@ -6,18 +6,25 @@ import argparse
 import json
 import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch.nn import functional as F
 
 from examples.tiny_i2v.study.arms import ARMS, BASE, BY_NAME
 from examples.tiny_i2v.study.metrics import HIGHER_IS_BETTER
 from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
 from vcd_fast.evaluation.machine import versions
+from vcd_fast.media import frame_strip, write_image
 
 HEADINGS = {
     "vcd": "VCD ↓", "psnr": "PSNR to the moved picture, dB ↑", "features": "features' cosine ↑", "flicker": "flicker ↓",
     "motion": "motion / asked", "shown": "motion named shown", "sharpness": "sharpness / picture",
 }  # fmt: skip
 START, END = "<!-- study -->", "<!-- /study -->"
+
+STRIPS = (BASE.name, "vcd", "vcd_amp", "vcd_phase", "vcd_l2")
 
 Rows = list[dict[str, object]]
 
@@ -70,9 +77,12 @@ def summary(arms: dict[str, Rows]) -> dict[str, dict[str, object]]:
 
 def table(figures: dict[str, dict[str, object]]) -> str:
     """Markdown: means with 95 % intervals; bold where a paired test against the base has p < 0.01."""
-    lines = ["| | " + " | ".join(HEADINGS.values()) + " |", "| --- |" + " ---: |" * len(HEADINGS)]
+    lines = [
+        "| | seeds × videos | " + " | ".join(HEADINGS.values()) + " |",
+        "| --- | ---: |" + " ---: |" * len(HEADINGS),
+    ]
     for name, entry in figures.items():
-        cells = []
+        cells = [f"{entry['seeds']} × {entry['samples'] // entry['seeds']}"]
         for metric in HEADINGS:
             value = entry[metric]
             text = f"{value['mean']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
@@ -81,30 +91,69 @@ def table(figures: dict[str, dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def difference_table(figures: dict[str, dict[str, object]]) -> str:
+    """Markdown: paired differences to the base with 95 % intervals; motion as the part of the base's that is left."""
+    lines = [
+        "| against the base | " + " | ".join(HEADINGS.values()) + " | motion kept |",
+        "| --- |" + " ---: |" * (len(HEADINGS) + 1),
+    ]
+    base = figures[BASE.name]["motion"]["mean"]
+    for name, entry in figures.items():
+        if name == BASE.name:
+            continue
+        cells = []
+        for metric in HEADINGS:
+            value = entry[metric]["difference"]
+            text = f"{value['mean']:+.2g} [{value['low']:+.2g}, {value['high']:+.2g}]"
+            cells.append(f"**{text}**" if entry[metric]["p"] < 0.01 else text)
+        lines.append(
+            f"| {BY_NAME[name].says} | " + " | ".join([*cells, f"{entry['motion']['mean'] / base:.0%}"]) + " |"
+        )
+    return "\n".join(lines)
+
+
 def figure(figures: dict[str, dict[str, object]], path: Path) -> None:
-    """Every arm's similarity, flicker and motion beside each other, with intervals; the base's as a band."""
+    """Every arm's paired difference to the base, which is the line at 0, with its interval; green where it is better."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = ("psnr", "flicker", "motion", "sharpness")
-    drawing = Figure(figsize=(12, 0.36 * len(figures) + 1.4), layout="constrained")
+    shown = ("vcd", "psnr", "features", "flicker", "motion", "sharpness")
+    names = [name for name in figures if name != BASE.name]
+    drawing = Figure(figsize=(13, 0.34 * len(names) + 1.4), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots(1, len(shown), sharey=True)
-    names = list(figures)
     for axis, metric in zip(axes, shown, strict=True):
-        base = figures[BASE.name][metric]
-        axis.axvspan(base["low"], base["high"], color="#d8dde3")
+        axis.axvline(0, color="#566270", linewidth=1)
         for row, name in enumerate(names):
-            value = figures[name][metric]
-            colour = "#566270" if name == BASE.name else "#c4501b" if name == "vcd" else "#2a6f97"
+            value = figures[name][metric]["difference"]
+            certain = value["low"] > 0 or value["high"] < 0
+            better = (value["mean"] > 0) == HIGHER_IS_BETTER[metric]
+            neutral = not certain or metric in ("motion", "sharpness")
+            colour = "#8894a0" if neutral else "#1a7f4b" if better else "#c4501b"
             axis.plot([value["low"], value["high"]], [row, row], color=colour, linewidth=2)
             axis.plot(value["mean"], row, "o", color=colour, markersize=5)
-        axis.set_title(HEADINGS[metric], fontsize=9)
+        axis.set_title(HEADINGS[metric].replace(" to the moved picture", ""), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names)), [BY_NAME[name].says for name in names])
     axes[0].invert_yaxis()
+    drawing.supxlabel("difference to the base, same scenes and noises; 95 % intervals over scenes", fontsize=9)
     drawing.savefig(path, dpi=130)
+
+
+def strips(folder: Path, path: Path, arms: Sequence[str] = STRIPS) -> None:
+    """The same scene from the same noise by several arms (their first training seed), beside the true clip, scene after scene."""
+    found = {
+        name: torch.load(sorted(folder.glob(f"{name}-*.pt"))[0]) for name in arms if any(folder.glob(f"{name}-*.pt"))
+    }
+    pieces = []
+    for index in sorted(found[BASE.name]):
+        true = torch.load(folder / "true.pt")[index]
+        rows = [(f"{true['prompt']}: true clip", true["video"])]
+        rows += [(BY_NAME[name].says, videos[index]) for name, videos in found.items()]
+        pieces.append(frame_strip([(label, video / 255) for label, video in rows]))
+    width = max(piece.shape[-1] for piece in pieces)
+    write_image(path, torch.cat([F.pad(piece, (0, width - piece.shape[-1], 0, 12), value=1.0) for piece in pieces], 1))
 
 
 def commit() -> str | None:
@@ -130,10 +179,11 @@ def main() -> None:
     }
     (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(figures, options.docs / "study.png")
+    strips(options.output, options.docs / "study-strips.png")
     page = options.docs / "does-it-work.md"
     if page.is_file() and START in (text := page.read_text()):
         before, after = text.split(START)[0], text.split(END)[1]
-        page.write_text(f"{before}{START}\n{table(figures)}\n{END}{after}")
+        page.write_text(f"{before}{START}\n{table(figures)}\n\n{difference_table(figures)}\n{END}{after}")
     print(table(figures))
 
 

@@ -25,7 +25,6 @@ from vcd_fast.models.wan.targets import LORA_TARGETS
 LATENT_CHANNELS = 16
 """of Wan 2.1's VAE; another of its class may have others"""
 MASK_CHANNELS = 4
-CONDITION_CHANNELS = LATENT_CHANNELS + MASK_CHANNELS
 
 
 def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> WanI2V:

@@ -17,7 +17,7 @@ from vcd_fast.models.hub import (
     read_json,
     shards,
 )
-from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings
+from vcd_fast.models.wan.settings import TINY, TINY_I2V, TINY_NAMES, ModelSettings
 
 KNOWN = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 MODEL_PARTS = ("transformer", "vae")
@@ -53,9 +53,28 @@ def folder_of(settings: ModelSettings) -> Path | None:
     if settings.weights is None:
         raise ValueError(
             "model.weights: expected a folder or hub name of a Wan I2V pipeline in diffusers layout "
-            f"(for example {KNOWN}), or {TINY} to try things with random weights; got nothing"
+            f"(for example {KNOWN}), {TINY_I2V} for the small one that comes with vcd_fast, or {TINY} to try things with random "
+            "weights; got nothing"
         )
+    if settings.weights == TINY_I2V:
+        return bundled_model()
     return local_folder(settings.weights, "weights", "of a pipeline in diffusers layout")
+
+
+def bundled_model() -> Path:
+    """The folder of `tiny-i2v`: in the package of a wheel, beside its scripts in a checkout.
+
+    Raises:
+        FileNotFoundError: in neither.
+    """
+    package = Path(__file__).resolve().parents[2]
+    places = (package / "tiny_i2v", package.parent / "examples" / "tiny_i2v" / "model")
+    for folder in places:
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"model.weights: {TINY_I2V} is in neither of {', '.join(map(str, places))}; install vcd_fast again"
+    )
 
 
 def resolve(settings: ModelSettings, parts: Sequence[str]) -> Path:
@@ -161,6 +180,14 @@ def read_config(folder: Path, part: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"model.weights: {_without_config(path, part)}")
     return read_json(path)
+
+
+def config_or(settings: ModelSettings, part: str, published: dict) -> dict:
+    """`config.json` of a part where it is on this machine in a folder that was named, else that of the published models."""
+    folder = folder_of(settings)
+    if folder is None or not (folder / part / "config.json").is_file():
+        return published
+    return read_config(folder, part)
 
 
 def _without_config(path: Path, part: str) -> str:

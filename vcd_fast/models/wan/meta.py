@@ -7,14 +7,16 @@ import torch
 from vcd_fast.models.hub import fetch_config, read_json
 from vcd_fast.models.wan import tiny
 from vcd_fast.models.wan.adapter import WanI2V
-from vcd_fast.models.wan.loading import folder_of, read_config
+from vcd_fast.models.wan.loading import config_or, folder_of, read_config
 from vcd_fast.models.wan.published import TRANSFORMERS
 from vcd_fast.models.wan.settings import TINY, TINY_NAMES, ModelSettings
 
 
 def load_meta(settings: ModelSettings) -> WanI2V:
-    """The model on the meta device. Only the transformer's `config.json` is read, or fetched from the hub; for the published models
-    (`vcd_fast.models.wan.published`) not even that.
+    """The model on the meta device.
+
+    Read are the transformer's `config.json`, from the folder or the hub, and that of a VAE in the folder; for the published models
+    (`vcd_fast.models.wan.published`) nothing.
 
     Raises:
         ValueError, OSError: as of `load_model`, weights apart.
@@ -26,7 +28,8 @@ def load_meta(settings: ModelSettings) -> WanI2V:
             transformer, vae = tiny.tiny_transformer(image_encoder=settings.weights == TINY), tiny.tiny_vae()
         else:
             transformer = WanTransformer3DModel.from_config(_transformer_config(settings))
-            vae = AutoencoderKLWan()  # one VAE for all of Wan 2.1
+            # one VAE for all of Wan 2.1, what its class makes by default; a folder may hold another
+            vae = AutoencoderKLWan.from_config(config_or(settings, "vae", {}))
         return WanI2V(transformer, vae, settings)
 
 

@@ -14,6 +14,8 @@ DEFAULT_PRESET = "1.3b"
 TINY = "tiny-random"
 TINY_WITHOUT_IMAGE_ENCODER = "tiny-random-no-image-encoder"
 TINY_NAMES = (TINY, TINY_WITHOUT_IMAGE_ENCODER)
+TINY_I2V = "tiny-i2v"
+"""the small trained model that comes with the package; see examples/tiny_i2v"""
 
 TEMPORAL_FACTOR = 4
 """frames per latent frame, the first one excepted"""
@@ -28,8 +30,8 @@ class ModelSettings(BaseModelSettings):
 
     weights: str | None = Field(
         None,
-        description=f"folder or hub name of a WanImageToVideoPipeline in diffusers layout; `{TINY}` (or "
-        f"`{TINY_WITHOUT_IMAGE_ENCODER}`) for seeded random weights in small models of the real classes",
+        description=f"folder or hub name of a WanImageToVideoPipeline in diffusers layout; `{TINY_I2V}` for the small trained model that "
+        f"comes with the package; `{TINY}` (or `{TINY_WITHOUT_IMAGE_ENCODER}`) for seeded random weights in small models of the real classes",
     )
     height: int = Field(272, gt=0, description="height of the video in pixels, a multiple of 16")
     width: int = Field(368, gt=0, description="width of the video in pixels, a multiple of 16")

@@ -39,7 +39,10 @@ tiny-i2v: $(STAMP)
 study: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e ".[examples]"
 	$(BIN)/python -m examples.tiny_i2v.study.run --output runs/study
-	$(BIN)/python -m examples.tiny_i2v.study.report --output runs/study --docs docs
+	$(BIN)/python -m examples.tiny_i2v.study.run --output runs/study-1 --arms vcd --seeds 0 --guidance 1
+	$(BIN)/python -m examples.tiny_i2v.study.run --output runs/study-8 --arms vcd --seeds 0 --guidance 8
+	$(BIN)/python -m examples.tiny_i2v.study.parts --docs docs
+	$(BIN)/python -m examples.tiny_i2v.study.report --output runs/study --docs docs --readme README.md --guidance 1=runs/study-1 8=runs/study-8
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from examples.tiny_i2v.sample import GUIDANCE
 from examples.tiny_i2v.study.arms import ARMS, BASE, BY_NAME
 from examples.tiny_i2v.study.metrics import HIGHER_IS_BETTER
 from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
@@ -22,9 +23,8 @@ HEADINGS = {
     "vcd": "VCD ↓", "psnr": "PSNR to the moved picture, dB ↑", "features": "features' cosine ↑", "flicker": "flicker ↓",
     "motion": "motion / asked", "shown": "motion named shown", "sharpness": "sharpness / picture",
 }  # fmt: skip
-START, END = "<!-- study -->", "<!-- /study -->"
 
-STRIPS = (BASE.name, "vcd", "vcd_amp", "vcd_phase", "vcd_l2")
+STRIPS = (BASE.name, "vcd", "vcd_l2")
 
 Rows = list[dict[str, object]]
 
@@ -112,6 +112,39 @@ def difference_table(figures: dict[str, dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def short_table(figures: dict[str, dict[str, object]]) -> str:
+    """Markdown: base and VCD alone, and their paired difference."""
+    shown = ("psnr", "features", "flicker", "motion")
+    base, tuned = figures[BASE.name], figures["vcd"]
+    lines = ["| | " + " | ".join(HEADINGS[metric] for metric in shown) + " |", "| --- |" + " ---: |" * len(shown)]
+    for label, entry in (("base", base), ("tuned with VCD", tuned)):
+        lines.append(f"| {label} | " + " | ".join(f"{entry[metric]['mean']:.3g}" for metric in shown) + " |")
+    differences = (tuned[metric]["difference"] for metric in shown)
+    cells = (f"{value['mean']:+.2g} [{value['low']:+.2g}, {value['high']:+.2g}]" for value in differences)
+    return "\n".join([*lines, "| paired difference, 95 % | " + " | ".join(cells) + " |"])
+
+
+def guidance_table(found: dict[str, dict[str, dict[str, object]]]) -> str:
+    """Markdown: the base at several strengths of guidance, and what VCD changes there (paired, with 95 % intervals)."""
+    shown = ("vcd", "psnr", "features", "flicker", "motion", "sharpness")
+    lines = [
+        "| guidance | | " + " | ".join(HEADINGS[metric] for metric in shown) + " |",
+        "| ---: | --- |" + " ---: |" * len(shown),
+    ]
+    for guidance, figures in sorted(found.items(), key=lambda item: float(item[0])):
+        base, tuned = figures[BASE.name], figures["vcd"]
+        lines.append(
+            f"| {guidance} | not tuned | " + " | ".join(f"{base[metric]['mean']:.3g}" for metric in shown) + " |"
+        )
+        cells = []
+        for metric in shown:
+            value = tuned[metric]["difference"]
+            text = f"{value['mean']:+.2g} [{value['low']:+.2g}, {value['high']:+.2g}]"
+            cells.append(f"**{text}**" if tuned[metric]["p"] < 0.01 else text)
+        lines.append("| | VCD changes | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def figure(figures: dict[str, dict[str, object]], path: Path) -> None:
     """Every arm's paired difference to the base, which is the line at 0, with its interval; green where it is better."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -156,6 +189,13 @@ def strips(folder: Path, path: Path, arms: Sequence[str] = STRIPS) -> None:
     write_image(path, torch.cat([F.pad(piece, (0, width - piece.shape[-1], 0, 12), value=1.0) for piece in pieces], 1))
 
 
+def between(text: str, start: str, end: str, content: str) -> str:
+    """`text` with `content` in place of what stands between two markers, if they are there."""
+    if start not in text:
+        return text
+    return f"{text.split(start)[0]}{start}\n{content}\n{end}{text.split(end)[1]}"
+
+
 def commit() -> str | None:
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip() or None
@@ -167,24 +207,42 @@ def main() -> None:
     parser.add_argument(
         "--docs", type=Path, required=True, help="folder of does-it-work.md; its table, data/study.json and study.png"
     )
+    parser.add_argument(
+        "--guidance",
+        nargs="*",
+        default=[],
+        metavar="G=FOLDER",
+        help="studies of base and VCD at other strengths of guidance",
+    )
+    parser.add_argument("--readme", type=Path, help="file to write the short table to, between its markers")
     options = parser.parse_args()
 
     figures = summary(read_rows(options.output))
+    others = dict(word.split("=", 1) for word in options.guidance)
+    by_guidance = {strength: summary(read_rows(Path(folder))) for strength, folder in others.items()}
+    if by_guidance:
+        by_guidance[f"{GUIDANCE:g}"] = {name: figures[name] for name in (BASE.name, "vcd")}
     (options.docs / "data").mkdir(parents=True, exist_ok=True)
     record = {
         "command": "python -m examples.tiny_i2v.study.run",
         "commit": commit(),
         "versions": versions(),
         "arms": figures,
+        "guidance": by_guidance,
     }
     (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(figures, options.docs / "study.png")
     strips(options.output, options.docs / "study-strips.png")
-    page = options.docs / "does-it-work.md"
-    if page.is_file() and START in (text := page.read_text()):
-        before, after = text.split(START)[0], text.split(END)[1]
-        page.write_text(f"{before}{START}\n{table(figures)}\n\n{difference_table(figures)}\n{END}{after}")
-    print(table(figures))
+    parts = {"study": f"{table(figures)}\n\n{difference_table(figures)}"}
+    if by_guidance:
+        parts["guidance"] = guidance_table(by_guidance)
+    for page in (options.docs / "does-it-work.md", options.readme):
+        if page is not None and page.is_file():
+            text = page.read_text()
+            for name, content in {**parts, "study in short": short_table(figures)}.items():
+                text = between(text, f"<!-- {name} -->", f"<!-- /{name} -->", content)
+            page.write_text(text)
+    print("\n\n".join(parts.values()))
 
 
 if __name__ == "__main__":

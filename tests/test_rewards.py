@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vcd_fast.distance import VCDLoss
+from vcd_fast.distance import PRESETS, VCDLoss, VGG19Features
 from vcd_fast.rewards.base import RewardInput
 from vcd_fast.rewards.vcd import VCDReward, VCDRewardSettings
 
@@ -65,3 +65,12 @@ def test_directions_are_redrawn_only_on_request(reward):
         redrawing = VCDReward(VCDRewardSettings(redraw_projections=True, **SETTINGS))
     drawn = [judged(redrawing, video, [1, 2], step).reward for step in (0, 1)]
     assert not torch.equal(*drawn)
+
+
+@pytest.mark.filterwarnings("ignore:VGG19 has random weights")
+@pytest.mark.parametrize("distance", PRESETS)
+def test_every_distance_is_a_reward(distance):
+    video = clip(batch=1)
+    reward = VCDReward(VCDRewardSettings(distance=distance, **SETTINGS))
+    loss = VCDLoss(distance, extractor=VGG19Features("random", layers=PRESETS[distance].layers), num_projections=8)
+    torch.testing.assert_close(reward.score(video, video[:, 0])[0], loss(video, video[:, 0]))

@@ -37,7 +37,7 @@ class VCDReward:
     def __init__(self, settings: VCDRewardSettings, device: torch.device | str = "cpu"):
         self.settings = settings
         self.device = torch.device(device)
-        self._extractor = VGG19Features(settings.vgg19)
+        self._extractor = VGG19Features(settings.vgg19, layers=PRESETS[settings.distance].layers)
         self._losses: dict[int, VCDLoss] = {}
 
     def to(self, device: torch.device | str) -> VCDReward:

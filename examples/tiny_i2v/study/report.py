@@ -232,7 +232,7 @@ def main() -> None:
     }
     (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(figures, options.docs / "study.png")
-    strips(options.output, options.docs / "study-strips.png")
+    strips(options.output, options.docs / "study-strips.jpg")
     parts = {"study": f"{table(figures)}\n\n{difference_table(figures)}"}
     if by_guidance:
         parts["guidance"] = guidance_table(by_guidance)

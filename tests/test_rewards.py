@@ -70,7 +70,7 @@ def test_directions_are_redrawn_only_on_request(reward):
 @pytest.mark.filterwarnings("ignore:VGG19 has random weights")
 @pytest.mark.parametrize("distance", PRESETS)
 def test_every_distance_is_a_reward(distance):
-    video = clip(batch=1)
+    video = torch.rand(1, 3, 3, 80, 80, generator=torch.Generator().manual_seed(0))  # relu5_4 of FDL has 5×5 patches
     reward = VCDReward(VCDRewardSettings(distance=distance, **SETTINGS))
     loss = VCDLoss(distance, extractor=VGG19Features("random", layers=PRESETS[distance].layers), num_projections=8)
     torch.testing.assert_close(reward.score(video, video[:, 0])[0], loss(video, video[:, 0]))

@@ -21,7 +21,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $@
 
 train: $(STAMP)
-	$(BIN)/python vcd_fast/train.py --model wan --preset tiny-i2v --pictures examples/pictures --output $(RUN)
+	$(BIN)/python vcd_fast/train.py --model wan --preset tiny-i2v --pictures examples/tiny_i2v/pictures --output $(RUN)
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,4 +1,7 @@
-"""A folder of pictures to tune on: first frames of scenes of the training photographs, with the motion's prompt, as the trainer reads them."""
+"""Pictures to tune on: first frames of scenes of the training photographs, with the motion's prompt, as the trainer reads them.
+
+`python -m examples.tiny_i2v.study.pictures` writes those of `make train`, from this repository's photographs alone.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,21 @@ from pathlib import Path
 import torch
 
 from examples.tiny_i2v.clips import MOTIONS, scene
-from examples.tiny_i2v.photos import TRAINING, read_photo
-from examples.tiny_i2v.sample import CONTRAST
+from examples.tiny_i2v.photos import HELD_OUT, TRAINING, of_the_repository, read_photo
+from examples.tiny_i2v.sample import CONTRAST, Scene, held_out_scenes
 from examples.tiny_i2v.study import arms
 from vcd_fast.media import write_image
 
+FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 
-def write_pictures(folder: Path, count: int, seed: int = 1, photos: Sequence[str] = TRAINING) -> Path:
-    """`count` pictures and metadata.jsonl, if the folder is not there yet; none of a photograph that is held out."""
+
+def write_pictures(
+    folder: Path, count: int, seed: int = 1, photos: Sequence[str] = TRAINING, held_out: Sequence[Scene] = ()
+) -> Path:
+    """`count` pictures and metadata.jsonl, if the folder is not there yet.
+
+    Held out are the first frames of the scenes `held_out`, which come on top, or else the last picture; the others are of `photos`.
+    """
     if folder.is_dir():
         return folder
     partial = folder.with_name(folder.name + ".partial")
@@ -33,8 +43,22 @@ def write_pictures(folder: Path, count: int, seed: int = 1, photos: Sequence[str
         while picture.std() < CONTRAST:
             picture = scene(photo, motion, generator, frames=1)[0][0]
         write_image(partial / f"{index:03d}.png", picture)
-        # the trainer wants something held out; what is reported comes from other photographs
-        rows.append({"image": f"{index:03d}.png", "prompt": motion.prompts[0], "held_out": index == count - 1})
+        # the trainer wants something held out; what the study reports comes from other photographs
+        last = not held_out and index == count - 1
+        rows.append({"image": f"{index:03d}.png", "prompt": motion.prompts[0], "held_out": last})
+    for index, given in enumerate(held_out, count):
+        write_image(partial / f"{index:03d}.png", given.true[0])
+        rows.append({"image": f"{index:03d}.png", "prompt": given.prompt, "held_out": True})
     (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(partial, folder)
     return folder
+
+
+def main() -> None:
+    photos = of_the_repository(HELD_OUT)
+    held_out = held_out_scenes(len(photos), seed=7, motions=arms.MOTIONS, photos=photos)
+    print(write_pictures(FOLDER, 20, photos=of_the_repository(TRAINING), held_out=held_out))
+
+
+if __name__ == "__main__":
+    main()

@@ -146,7 +146,7 @@ def main() -> None:
     about = json.loads((options.model / "training.json").read_text())
     (options.model / "README.md").write_text(card(figures, about))
     rows = [(given.prompt, video) for given, video in zip(scenes[:15], videos[:15], strict=True)]
-    write_image(options.model.parent / "samples.png", frame_strip(rows))
+    write_image(options.model.parent / "samples.jpg", frame_strip(rows))
     print(path.read_text())
 
 

@@ -24,7 +24,7 @@ from vcd_fast.evaluation.machine import PACKAGES, gib, gpu_driver, memory_bytes,
 Status = Literal["ok", "note", "problem"]
 
 WITHOUT = {
-    "numba": "the distance on CPUs in about half the time",
+    "numba": "the distance on CPUs, faster",
     "triton": "the kernels of the distance, on GPUs",
     "xformers": "attention_backend: xformers; sdpa needs nothing",
 }

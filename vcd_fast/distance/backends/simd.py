@@ -99,9 +99,10 @@ def _(x, tensors, whole_numbers, names, weights, with_gradient):
 
 
 def is_small(x: Tensor, target: SortedTarget) -> bool:
-    """Whether the distance of x to `target` takes less time than getting here does."""
+    """Whether the reference takes less time: lists so short that they are sorted whole anyway, and no more than fit a chunk, or little of all."""
     row, count = _sizes(x, target)
-    return len(x) * row * count <= SMALL_PROBLEM
+    values = len(x) * row * count
+    return values <= SMALL_PROBLEM or (row <= SMALL_ROW and values <= CHUNK_VALUES)
 
 
 def _sizes(x: Tensor, target: SortedTarget) -> tuple[int, int]:

@@ -16,8 +16,8 @@ from examples.tiny_i2v.build import MODEL
 from examples.tiny_i2v.clips import FRAMES, HEIGHT, MOTIONS, WIDTH, scene
 from examples.tiny_i2v.measure import amount, measure, shows, warp
 from examples.tiny_i2v.photos import HELD_OUT, TRAINING, read_photo
+from examples.tiny_i2v.provenance import provenance
 from examples.tiny_i2v.sample import GUIDANCE, SAMPLING_STEPS, Scene, animate, encode, held_out_scenes, settings
-from vcd_fast.evaluation.machine import versions
 from vcd_fast.media import frame_strip, write_image
 from vcd_fast.models import wan
 
@@ -132,8 +132,7 @@ def main() -> None:
     videos = animate(model, conditions, range(len(scenes)), sampling_steps=options.sampling_steps, report=print)
     vae = AutoencoderKLWan.from_pretrained(options.model, subfolder="vae", local_files_only=True)
     figures = {
-        "command": "python -m examples.tiny_i2v.check",
-        "versions": versions(),
+        **provenance("python -m examples.tiny_i2v.check"),
         "sampling_steps": options.sampling_steps,
         "guidance_scale": options.guidance,
         "vae_psnr": reconstruction(vae),

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.tiny_i2v.photos import HELD_OUT
+from examples.tiny_i2v.provenance import provenance
 from examples.tiny_i2v.sample import held_out_scenes
-from examples.tiny_i2v.study.report import between, commit
+from examples.tiny_i2v.study.report import between
 from vcd_fast import VGG19Features
 from vcd_fast.distance import sliced_wasserstein
-from vcd_fast.evaluation.machine import versions
 
 BLUR = 5
 """pixels, the side of the square each is the mean of"""
@@ -61,9 +61,9 @@ def main() -> None:
 
     pictures = torch.stack([scene.true[0] for scene in held_out_scenes(len(HELD_OUT), seed=7)])
     rows = distances(VGG19Features(options.vgg19), pictures)
-    record = {"command": "python -m examples.tiny_i2v.study.parts", "vgg19": options.vgg19, "commit": commit()}
+    record = provenance("python -m examples.tiny_i2v.study.parts") | {"vgg19": options.vgg19, "rows": rows}
     path = options.docs / "data" / "study-parts.json"
-    path.write_text(json.dumps(record | {"versions": versions(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
     page = options.docs / "does-it-work.md"
     page.write_text(between(page.read_text(), "<!-- parts -->", "<!-- /parts -->", table(rows)))
     print(table(rows))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from examples.tiny_i2v.provenance import provenance
 from examples.tiny_i2v.sample import GUIDANCE
 from examples.tiny_i2v.study.arms import ARMS, BASE, BY_NAME
 from examples.tiny_i2v.study.metrics import HIGHER_IS_BETTER
 from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
-from vcd_fast.evaluation.machine import versions
 from vcd_fast.media import frame_strip, write_image
 
 HEADINGS = {
@@ -196,11 +195,6 @@ def between(text: str, start: str, end: str, content: str) -> str:
     return f"{text.split(start)[0]}{start}\n{content}\n{end}{text.split(end)[1]}"
 
 
-def commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder study.run wrote to")
@@ -223,13 +217,7 @@ def main() -> None:
     if by_guidance:
         by_guidance[f"{GUIDANCE:g}"] = {name: figures[name] for name in (BASE.name, "vcd")}
     (options.docs / "data").mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": "python -m examples.tiny_i2v.study.run",
-        "commit": commit(),
-        "versions": versions(),
-        "arms": figures,
-        "guidance": by_guidance,
-    }
+    record = provenance("python -m examples.tiny_i2v.study.run") | {"arms": figures, "guidance": by_guidance}
     (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(figures, options.docs / "study.png")
     strips(options.output, options.docs / "study-strips.jpg")

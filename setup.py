@@ -31,7 +31,7 @@ TRAIN = [
 ]
 GPU = ["triton>=3.4; sys_platform == 'linux'", "xformers>=0.0.32; sys_platform == 'linux'"]
 EVAL = [*CLI, "scipy>=1.11"]
-EXAMPLES = ["scikit-image>=0.22"]  # its bundled photographs
+EXAMPLES = ["scikit-image>=0.22", "scipy>=1.11"]  # bundled photographs; quantiles of the study's intervals
 TEST = [
     *CPU,
     "pytest>=8",
@@ -40,6 +40,7 @@ TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.0",
     "ruff>=0.8",
+    "scipy>=1.11",  # what examples/tiny_i2v reports with
     "setuptools>=77",  # the wheel test builds without isolation
     "triton>=3.4; sys_platform == 'linux'",
 ]

@@ -27,7 +27,7 @@ SHIFT = 3.0
 DROPPED_PROMPTS = 0.1
 """of the prompts are empty in training, for classifier-free guidance"""
 HEADS, HEAD_DIM, LAYERS, FFN = 6, 32, 4, 512
-OFTEN = {"drift": 2.5, "zoom": 2.0, "rotate": 2.0}
+OFTEN = {"drift": 4.0, "zoom": 2.0, "rotate": 2.0}
 """how much oftener than others clips are drawn whose motion is harder to learn"""
 
 
@@ -83,12 +83,12 @@ class Model(nn.Module):
 
 
 @torch.no_grad()
-def encode_clips(vae: nn.Module, count: int, seed: int, report: Log, size: int = 15) -> Clips:
-    """`count` clips, the motions in turn; `size` at a time. Clip i depends on the seed and i alone."""
+def encode_clips(vae: nn.Module, first: int, count: int, seed: int, report: Log, size: int = 15) -> Clips:
+    """Clips `first` to `count` - 1, the motions in turn; `size` at a time. Clip i depends on the seed and i alone."""
     photos = [read_photo(name) for name in TRAINING]
     motions = list(MOTIONS.values())
     latents, conditions = [], []
-    for start in range(0, count, size):
+    for start in range(first, count, size):
         clips = []
         for index in range(start, min(count, start + size)):
             generator = torch.Generator().manual_seed((seed << 40) + (1 << 39) + index)
@@ -100,17 +100,20 @@ def encode_clips(vae: nn.Module, count: int, seed: int, report: Log, size: int =
         latents.append(vae.encode(video).latent_dist.mode())
         video[:, :, 1:] = 0
         conditions.append(vae.encode(video).latent_dist.mode())
-        if start // size % 20 == 0:
+        if (start - first) // size % 20 == 0:
             report.write(encoded=start + len(clips))
-    motion = torch.arange(count) % len(motions)
+    motion = torch.arange(first, count) % len(motions)
     return Clips(torch.cat(latents), torch.cat(conditions), motion)
 
 
 def clips_of(path: Path, vae: nn.Module, count: int, seed: int, log: Log) -> Clips:
-    """From the file if it is there, otherwise made and written to it."""
-    if path.is_file():
-        return Clips(**torch.load(path, weights_only=True))
-    clips = encode_clips(vae, count, seed, log)
+    """`count` clips or more: from the file as far as they are there, the others made and written to it."""
+    parts = [Clips(**torch.load(path, weights_only=True))] if path.is_file() else []
+    there = len(parts[0].motion) if parts else 0
+    if there >= count:
+        return parts[0]
+    parts.append(encode_clips(vae, there, count, seed, log))
+    clips = Clips(*(torch.cat(values) for values in zip(*parts, strict=True)))
     torch.save(clips._asdict(), path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
     return clips
@@ -140,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder train_vae wrote to")
     parser.add_argument("--clips", type=int, default=4500)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of Muon; AdamW's is a tenth")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,12 +1,16 @@
 """The pieces the small image-to-video model is made and judged with."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from examples.tiny_i2v import clips, measure, photos
 from examples.tiny_i2v.muon import Muon, MuonAndAdamW, orthogonal
 from examples.tiny_i2v.state import Average, load_state, save_state
-from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
+from examples.tiny_i2v.study.statistics import clustered, sign_flip_p, within
 from examples.tiny_i2v.text import attend_to_short_text, encode_prompts
 from examples.tiny_i2v.train_transformer import Model, matrices
 from examples.tiny_i2v.train_vae import CONFIG, new_vae, pictures_as_planes, places, reconstruct
@@ -169,6 +173,17 @@ def test_intervals_widen_with_clusters_not_with_copies():
         clustered([1.0], [0])
     assert sign_flip_p([1.0, 1.2, 0.9, 1.1, 1.3, 0.8, 1.0, 1.1, 0.9, 1.0]) < 0.01
     assert sign_flip_p([1.0, -1.0, 0.5, -0.5]) > 0.5
+
+
+def test_levels_of_clusters_do_not_widen_intervals_within_them():
+    rng = np.random.default_rng(0)
+    levels, first, second = rng.normal(0, 100, 40), rng.normal(0, 1, 40), rng.normal(0.5, 1, 40)
+    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
+    half = within(levels + first, levels + second)
+    assert half == pytest.approx((expected.high - expected.low) / 2 / math.sqrt(2))
+    assert half == pytest.approx(within(first, second))
+    with pytest.raises(ValueError, match="as many of both"):
+        within([1.0, 2.0], [1.0])
 
 
 def test_places_say_where_a_latent_is():

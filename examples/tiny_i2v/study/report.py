@@ -15,7 +15,7 @@ from examples.tiny_i2v.provenance import provenance
 from examples.tiny_i2v.sample import GUIDANCE
 from examples.tiny_i2v.study.arms import ARMS, BASE, BY_NAME
 from examples.tiny_i2v.study.metrics import HIGHER_IS_BETTER
-from examples.tiny_i2v.study.statistics import clustered, sign_flip_p
+from examples.tiny_i2v.study.statistics import clustered, sign_flip_p, within
 from vcd_fast.media import frame_strip, write_image
 
 HEADINGS = {
@@ -46,14 +46,32 @@ def read_rows(folder: Path) -> dict[str, Rows]:
     return {arm.name: found[arm.name] for arm in (BASE, *ARMS) if arm.name in found}
 
 
+def made_by(folder: Path) -> dict[str, dict[str, object]]:
+    """Command, commit and seconds of every arm and training seed."""
+    found = {}
+    for path in sorted(folder.glob("*-*.jsonl")):
+        said = json.loads(path.with_suffix(".json").read_text())
+        found[path.stem] = {key: said[key] for key in ("command", "commit", "seconds")}
+    return found
+
+
 def values_of(rows: Rows, metric: str) -> tuple[list[float], list[int]]:
     """The values and their clusters, the scenes. Motion asked of a still picture is none, so still ones say nothing about how much."""
     kept = [row for row in rows if metric != "motion" or row["asked"] != "still"]
     return [row[metric] for row in kept], [row["scene"] for row in kept]
 
 
+def by_scene(values: Sequence[float], scenes: Sequence[int]) -> list[float]:
+    """The mean of every scene, in the scenes' order."""
+    found = defaultdict(list)
+    for value, scene in zip(values, scenes, strict=True):
+        found[scene].append(value)
+    return [sum(found[scene]) / len(found[scene]) for scene in sorted(found)]
+
+
 def summary(arms: dict[str, Rows]) -> dict[str, dict[str, object]]:
-    """Arm -> metric -> mean, interval, and against the base (paired by scene): difference, its interval, p."""
+    """Arm -> metric -> mean, interval, and against the base (paired by scene): difference, its interval, p, and half the width of the
+    interval either mean has with the scenes' own levels taken out ("within")."""
     base = {(row["scene"], row["noise"]): row for row in arms[BASE.name]}
     found = {}
     for name, rows in arms.items():
@@ -64,12 +82,9 @@ def summary(arms: dict[str, Rows]) -> dict[str, dict[str, object]]:
             if name != BASE.name:
                 kept = [row for row in rows if row["scene"] in set(scenes)]
                 differences = [row[metric] - base[row["scene"], row["noise"]][metric] for row in kept]
-                by_scene = defaultdict(list)
-                for row, difference in zip(kept, differences, strict=True):
-                    by_scene[row["scene"]].append(difference)
-                means = [sum(part) / len(part) for part in by_scene.values()]
                 entry["difference"] = dict(zip(("mean", "low", "high"), clustered(differences, scenes), strict=True))
-                entry["p"] = sign_flip_p(means)
+                entry["p"] = sign_flip_p(by_scene(differences, scenes))
+                entry["within"] = within(by_scene(values, scenes), by_scene(*values_of(arms[BASE.name], metric)))
             found[name][metric] = entry
     return found
 
@@ -112,12 +127,13 @@ def difference_table(figures: dict[str, dict[str, object]]) -> str:
 
 
 def short_table(figures: dict[str, dict[str, object]]) -> str:
-    """Markdown: base and VCD alone, and their paired difference."""
+    """Markdown: base and VCD alone, scenes' own levels taken out of the intervals, and their paired difference."""
     shown = ("psnr", "features", "flicker", "motion")
     base, tuned = figures[BASE.name], figures["vcd"]
     lines = ["| | " + " | ".join(HEADINGS[metric] for metric in shown) + " |", "| --- |" + " ---: |" * len(shown)]
     for label, entry in (("base", base), ("tuned with VCD", tuned)):
-        lines.append(f"| {label} | " + " | ".join(f"{entry[metric]['mean']:.3g}" for metric in shown) + " |")
+        cells = [f"{entry[metric]['mean']:.3g} ± {tuned[metric]['within']:.2g}" for metric in shown]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     differences = (tuned[metric]["difference"] for metric in shown)
     cells = (f"{value['mean']:+.2g} [{value['low']:+.2g}, {value['high']:+.2g}]" for value in differences)
     return "\n".join([*lines, "| paired difference, 95 % | " + " | ".join(cells) + " |"])
@@ -217,7 +233,10 @@ def main() -> None:
     if by_guidance:
         by_guidance[f"{GUIDANCE:g}"] = {name: figures[name] for name in (BASE.name, "vcd")}
     (options.docs / "data").mkdir(parents=True, exist_ok=True)
-    record = provenance("python -m examples.tiny_i2v.study.run") | {"arms": figures, "guidance": by_guidance}
+    runs = {"preset's guidance": made_by(options.output)}
+    runs |= {f"guidance {strength}": made_by(Path(folder)) for strength, folder in others.items()}
+    record = provenance("python -m examples.tiny_i2v.study.report") | {"runs": runs}
+    record |= {"arms": figures, "guidance": by_guidance}
     (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(figures, options.docs / "study.png")
     strips(options.output, options.docs / "study-strips.jpg")

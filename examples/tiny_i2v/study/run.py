@@ -19,6 +19,7 @@ from torch import Tensor
 
 from examples.tiny_i2v.build import MODEL
 from examples.tiny_i2v.photos import HELD_OUT, TRAINING, of_the_repository
+from examples.tiny_i2v.provenance import provenance
 from examples.tiny_i2v.sample import GUIDANCE, Scene, animate, encode, held_out_scenes, settings
 from examples.tiny_i2v.study.arms import ARMS, BASE, BY_NAME, MOTIONS, Arm
 from examples.tiny_i2v.study.metrics import Metrics
@@ -122,6 +123,7 @@ def main() -> None:
     )
     options = parser.parse_args()
 
+    about = provenance(" ".join(["python -m examples.tiny_i2v.study.run", *sys.argv[1:]]))
     torch.manual_seed(0)
     options.output.mkdir(parents=True, exist_ok=True)
     training, held_out = TRAINING, HELD_OUT
@@ -154,11 +156,13 @@ def main() -> None:
         began = time.monotonic()
         rows, videos = judge(model, scenes, conditions, options.noises, metrics)
         torch.save(videos, options.output / f"{name}-{seed}.pt")
+        seconds = {"tuning": round(spent), "judging": round(time.monotonic() - began)}
+        path.with_suffix(".json").write_text(json.dumps(about | {"seconds": seconds}) + "\n")
         write_rows(path, [{"arm": name, "seed": seed, **row} for row in rows])
         mean = {
             key: round(sum(row[key] for row in rows) / len(rows), 3) for key in ("vcd", "psnr", "flicker", "motion")
         }
-        print(f"{name}-{seed}: tuned in {spent:.0f} s, judged in {time.monotonic() - began:.0f} s, {mean}", flush=True)
+        print(f"{name}-{seed}: tuned in {seconds['tuning']} s, judged in {seconds['judging']} s, {mean}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from examples.tiny_i2v.photos import pyramid
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 9
 VARIATION = 0.1
+RIM = 2.0
+"""pixels of white around a cut-out, as of paper: among coins or leaves nobody could tell a round piece of picture without one"""
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,11 @@ def _with_piece(
         done = amount * index / (FRAMES - 1)
         dx, dy = start[0] + drift[0] * done, start[1] + drift[1] * done
         distance = ((x - dx) ** 2 + (y - dy) ** 2).sqrt()
-        cover = (radius - distance + 0.5).clamp(0, 1)
+        cover, inner = (radius - distance + 0.5).clamp(0, 1), (radius - RIM - distance + 0.5).clamp(0, 1)
         # the piece's own middle travels with it
         grid = torch.stack([(x - dx) / (WIDTH / 2), (y - dy) / (HEIGHT / 2)], dim=-1)
         moved = F.grid_sample(piece, grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
-        mixed.append(frame * (1 - cover) + moved * cover)
+        mixed.append(frame * (1 - cover) + (moved * inner + 1 - inner) * cover)
     return torch.stack(mixed), CutOut((WIDTH / 2 + start[0], HEIGHT / 2 + start[1]), radius)
 
 

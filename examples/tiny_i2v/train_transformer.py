@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of Muon; AdamW's is a tenth")
+    parser.add_argument("--restart", type=int, default=0, help="step the learning rate rises at and falls from")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -166,7 +167,8 @@ def main() -> None:
     share = torch.tensor([OFTEN.get(name.split("_")[0], 1.0) for name in MOTIONS])[clips.motion]
     while step < options.steps:
         generator = torch.Generator().manual_seed((options.seed << 32) + step)
-        rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        done = (step - options.restart) / (options.steps - options.restart)
+        rate = min(1.0, (step - options.restart + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
         picked = torch.multinomial(share, options.batch_size, replacement=True, generator=generator)
         uniform = (
             torch.rand(options.batch_size, generator=generator) + torch.arange(options.batch_size)

@@ -26,6 +26,7 @@ ARMS = (
     Arm("vcd_feature", "features in place of their spectrum", ("--distance", "vcd_feature")),
     Arm("last_3", "VCD, last 3 steps", ("--backprop", "last:3")),
     Arm("spaced_3", "VCD, 3 spaced steps", ("--backprop", "spaced:3")),
+    Arm("long", "VCD, three times the steps", ("--max-train-steps", "180")),
     Arm("step_cache", "VCD, step cache", ("--step-cache", "teacache", "--cache-threshold", "0.14")),
 )
 BY_NAME = {arm.name: arm for arm in (BASE, *ARMS)}

@@ -20,6 +20,7 @@ from vcd_fast.models.wan.loading import bundled_model
 from vcd_fast.models.wan.settings import TINY_I2V
 
 DATA = {"data": {"pictures": "."}}
+STUDY = json.loads((build.MODEL.parents[2] / "docs" / "data" / "study.json").read_text())
 FIGURES = json.loads((build.MODEL / "figures.json").read_text())
 SHOWN = ("pan_left", "pan_right", "pan_up", "zoom_in", "rotate_clockwise", "brighten", "darken", "still")
 
@@ -119,6 +120,14 @@ def test_its_memory_is_estimated_from_its_own_configurations():
     assert set(encoders) == {"text encoder"}
     assert encoders["text encoder"] < 1e6
     assert estimate(config).needed < 3e9
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("psnr", 1), ("features", 1), ("flicker", -1)])
+def test_the_study_of_the_model_shows_what_its_page_says(metric, sign):
+    base, tuned = STUDY["arms"]["base"], STUDY["arms"]["vcd"]
+    assert sign * (tuned[metric]["mean"] - base[metric]["mean"]) > 2 * tuned[metric]["within"]  # they do not touch
+    assert tuned["motion"]["mean"] >= 0.7 * base["motion"]["mean"]
+    assert tuned["seeds"] == 3
 
 
 def test_the_study_in_short_goes_on_and_reports(tmp_path, monkeypatch, capsys):

@@ -118,6 +118,24 @@ class TestCommandLine:
         with pytest.raises(ValueError, match="expected bfloat16 or float32 for training"):
             self.options("--dtype", "float16")
 
+    def test_patches_that_do_not_fit_are_refused_before_anything_is_loaded(self):
+        size = ["--height", "64", "--width", "96", "--distance", "fdl"]
+        with pytest.raises(ValueError, match=r"at least 5×5 for 'fdl', got 4×6 \(relu5_4 of 64×96 frames\)"):
+            self.options(*size)
+        config, _ = self.options(*size, "--feature-layers", "relu1_2", "relu4_4")
+        assert config.reward.config.layers == ("relu1_2", "relu4_4")
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["relu1_1", "relu9_9"], r"reward\.feature_layers: expected names from relu1_1 to relu5_4, not relu9_9"),
+            (["relu1_1", "relu1_1"], r"reward\.feature_layers: expected at least one name, each once"),
+        ],
+    )
+    def test_feature_layers_nobody_has(self, names, message):
+        with pytest.raises(ValueError, match=message):
+            self.options("--feature-layers", *names)
+
     def test_no_model_is_said(self):
         with pytest.raises(ValueError, match="model: expected --model with one of wan, opensora"):
             parse(["--seed", "1"], prog="train.py")

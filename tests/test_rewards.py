@@ -57,6 +57,15 @@ def test_more_frames_than_there_are_is_an_error(reward):
         reward.frames_wanted(2, torch.Generator())
 
 
+def test_the_layers_chosen_are_the_ones_compared():
+    with pytest.warns(UserWarning, match="random"):
+        reward = VCDReward(VCDRewardSettings(feature_layers=["relu2_1", "relu1_1"], **SETTINGS))
+    video, layers = clip(), ("relu1_1", "relu2_1")
+    loss = VCDLoss("vcd", extractor=reward._extractor, num_projections=8, layers=layers)
+    assert reward._extractor.layers == layers
+    torch.testing.assert_close(reward.score(video, video[:, 0]), loss(video, video[:, 0], reduction="none").mean(dim=1))
+
+
 def test_directions_are_redrawn_only_on_request(reward):
     video = clip()
     fixed = [judged(reward, video, [1, 2], step).reward for step in (0, 1)]

@@ -79,6 +79,10 @@ def _check_together(config: RunConfig) -> None:
             "configuration: model.quantization: expected none with training.zero 3, which shards weights itself, got "
             f"{config.model.quantization!r}; choose stage 0, 1 or 2"
         )
+    try:
+        config.reward.check_size(config.model.height, config.model.width)
+    except ValueError as error:
+        raise ValueError(f"configuration: {error}") from None
     most = config.model.num_frames - 1
     if config.reward.frames_per_step > most:
         raise ValueError(

@@ -43,6 +43,11 @@ def _vgg19_layout() -> list[tuple[str, int, int]]:
 VGG19_LAYERS = tuple(name for name, _, _ in _vgg19_layout() if name.startswith("relu"))
 
 
+def pools_before(layer: str) -> int:
+    """How often VGG19 halves height and width before `layer`, a name of `VGG19_LAYERS`."""
+    return int(layer.removeprefix("relu").split("_")[0]) - 1
+
+
 class VGG19Features(nn.Module):
     """VGG19 (Simonyan & Zisserman, 2015) up to the deepest ReLU asked for, with torchvision's parameter names and no gradients for them.
 

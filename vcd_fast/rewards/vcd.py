@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from vcd_fast.distance import PRESETS, VCDLoss, VGG19Features
+from vcd_fast.distance import PRESETS, VCDConfig, VCDLoss, VGG19Features
+from vcd_fast.distance.config import resolve_config
+from vcd_fast.distance.features import VGG19_LAYERS, pools_before
 from vcd_fast.rewards.base import RewardInput, RewardOutput
 
 
@@ -17,6 +19,9 @@ class VCDRewardSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     distance: Literal[tuple(PRESETS)] = Field("vcd", description="preset of the distance")  # type: ignore[valid-type]
+    feature_layers: tuple[str, ...] | None = Field(
+        None, description="feature maps of VGG19 to compare, relu1_1 to relu5_4; default: those of the preset"
+    )
     num_projections: int = Field(256, gt=0, description="directions of the sliced Wasserstein distance")
     redraw_projections: bool = Field(False, description="draw new directions at every optimizer step")
     projection_seed: int = Field(0, ge=0, description="seed of the directions")
@@ -30,6 +35,42 @@ class VCDRewardSettings(BaseModel):
     )
     chunk_frames: int | None = Field(None, gt=0, description="frames judged at a time; bounds the memory of VGG19")
 
+    @field_validator("feature_layers")
+    @classmethod
+    def _known_layers(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None:
+            if unknown := [name for name in names if name not in VGG19_LAYERS]:
+                raise ValueError(
+                    f"expected names from {VGG19_LAYERS[0]} to {VGG19_LAYERS[-1]}, not {', '.join(unknown)}"
+                )
+            if not names or len(set(names)) < len(names):
+                raise ValueError("expected at least one name, each once")
+        return names
+
+    @property
+    def config(self) -> VCDConfig:
+        """The distance these settings stand for."""
+        changes = {"num_projections": self.num_projections, "seed": self.projection_seed}
+        if self.feature_layers is not None:
+            changes["layers"] = self.feature_layers
+        return resolve_config(self.distance, changes)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Whether frames of this size, in pixels, can be judged: known before weights are loaded and pictures encoded.
+
+        Raises:
+            ValueError: a feature map would be empty, or smaller than the patches of the distance.
+        """
+        config = self.config
+        least = config.patch_size if config.slicing == "patch" else 1
+        for name in config.layers:
+            map_height, map_width = (side // 2 ** pools_before(name) for side in (height, width))
+            if min(map_height, map_width) < least:
+                raise ValueError(
+                    f"reward.distance: expected feature maps of at least {least}×{least} for {self.distance!r}, got {map_height}×{map_width} "
+                    f"({name} of {height}×{width} frames); use larger frames, or fewer layers by reward.feature_layers"
+                )
+
 
 class VCDReward:
     """reward = -scale * VCD, the mean over the frames judged; larger is better, 0 is the largest."""
@@ -37,7 +78,7 @@ class VCDReward:
     def __init__(self, settings: VCDRewardSettings, device: torch.device | str = "cpu"):
         self.settings = settings
         self.device = torch.device(device)
-        self._extractor = VGG19Features(settings.vgg19, layers=PRESETS[settings.distance].layers)
+        self._extractor = VGG19Features(settings.vgg19, layers=settings.config.layers)
         self._losses: dict[int, VCDLoss] = {}
 
     def to(self, device: torch.device | str) -> VCDReward:
@@ -88,11 +129,10 @@ class VCDReward:
         seed = self.settings.projection_seed + (step if self.settings.redraw_projections else 0)
         if seed not in self._losses:
             loss = VCDLoss(
-                self.settings.distance,
+                self.settings.config,
                 extractor=self._extractor,
                 backend=self.settings.backend,
                 chunk_frames=self.settings.chunk_frames,
-                num_projections=self.settings.num_projections,
                 seed=seed,
             )
             self._losses = {seed: loss.to(self.device)}

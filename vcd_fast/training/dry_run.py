@@ -49,7 +49,7 @@ def describe(config: RunConfig) -> str:
         + f"; timesteps {', '.join(f'{schedule[i].timestep:.1f}' for i in window[:6])}{', ...' if len(window) > 6 else ''}",
         "step cache": step_cache,
         "checkpointing": rollout.checkpointing,
-        "reward": f"-VCD ({config.reward.distance}), {config.reward.num_projections} directions, "
+        "reward": f"-VCD ({config.reward.distance}) of {', '.join(config.reward.config.layers)}, {config.reward.num_projections} directions, "
         f"{config.reward.frames_per_step} of frames 1..{model.num_frames - 1} decoded per clip and step",
         "trained": f"{trained:,} LoRA parameters (rank {config.lora.rank}, alpha {config.lora.alpha:g}) on {total:,} frozen ones",
         "batch": f"{training.batch_size} per device x {training.gradient_accumulation} accumulated x {ranks} devices = {per_step} clips",

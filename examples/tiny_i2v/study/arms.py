@@ -1,11 +1,13 @@
 """What is compared: the base model, and LoRAs tuned from it that differ in one thing each.
 
-FDL is not among them: its 5×5 patches do not fit into relu5_4 of a 64×96 frame, which is 4×6.
+FDL goes without relu5_4: of a 64×96 frame that is 4×6, and its patches are 5×5.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from vcd_fast.distance.config import FDL_LAYERS
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ ARMS = (
     Arm("vcd_no_temporal_weight", "without temporal weight", ("--distance", "vcd_no_temporal_weight")),
     Arm("vcd_l2", "L2 in place of the sliced distance", ("--distance", "vcd_l2")),
     Arm("vcd_feature", "features in place of their spectrum", ("--distance", "vcd_feature")),
+    Arm("fdl", "FDL: 5×5 patches, four layers", ("--distance", "fdl", "--feature-layers", *FDL_LAYERS[:-1])),
     Arm("last_3", "VCD, last 3 steps", ("--backprop", "last:3")),
     Arm("spaced_3", "VCD, 3 spaced steps", ("--backprop", "spaced:3")),
     Arm("long", "VCD, three times the steps", ("--max-train-steps", "180")),

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from vcd_fast.distance import VGG19Features
 from vcd_fast.distance.backends.triton_fused import CHUNK_VALUES
-from vcd_fast.distance.config import VCDConfig, resolve_config
-from vcd_fast.distance.features import VGG19_BLOCKS
+from vcd_fast.distance.features import VGG19_BLOCKS, pools_before
 from vcd_fast.distance.vcd import CHUNK_PIXELS
 from vcd_fast.rewards.base import RewardInput, RewardOutput
 from vcd_fast.rewards.vcd import VCDRewardSettings
@@ -28,8 +27,7 @@ class CountedReward:
 
     def __init__(self, settings: VCDRewardSettings) -> None:
         self.settings = settings
-        changes = {"num_projections": settings.num_projections, "seed": settings.projection_seed}
-        self.config: VCDConfig = resolve_config(settings.distance, changes)
+        self.config = settings.config
         self._network = VGG19Features.without_weights(self.config.layers)
 
     @property
@@ -42,7 +40,7 @@ class CountedReward:
         if self.config.slicing == "flat" or self.config.distance == "l2":
             return 0
         patch = self.config.patch_size**2 if self.config.slicing == "patch" else 1
-        widths = [VGG19_BLOCKS[int(name[4]) - 1][0] for name in self.config.layers]
+        widths = [VGG19_BLOCKS[pools_before(name)][0] for name in self.config.layers]
         return sum(widths) * patch * self.config.num_projections
 
     def to(self, device: torch.device | str) -> CountedReward:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def main() -> None:
     videos = animate(model, conditions, range(len(scenes)), sampling_steps=options.sampling_steps, report=print)
     vae = AutoencoderKLWan.from_pretrained(options.model, subfolder="vae", local_files_only=True)
     figures = {
-        **provenance("python -m examples.tiny_i2v.check"),
+        **provenance(" ".join(["python -m examples.tiny_i2v.check", *sys.argv[1:]])),
         "sampling_steps": options.sampling_steps,
         "guidance_scale": options.guidance,
         "vae_psnr": reconstruction(vae),

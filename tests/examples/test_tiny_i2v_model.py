@@ -141,5 +141,6 @@ def test_the_study_in_short_goes_on_and_reports(tmp_path, monkeypatch, capsys):
     record = json.loads((tmp_path / "docs" / "data" / "study.json").read_text())
     assert set(record["arms"]) == {"base", "vcd"}
     assert record["arms"]["vcd"]["samples"] == 2
+    assert record["arms"]["vcd"]["psnr"]["by_seed"] == pytest.approx([record["arms"]["vcd"]["psnr"]["mean"]])
     assert (tmp_path / "docs" / "study.png").stat().st_size > 10_000
     assert "| VCD |" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,17 +62,17 @@ def values_of(rows: Rows, metric: str) -> tuple[list[float], list[int]]:
     return [row[metric] for row in kept], [row["scene"] for row in kept]
 
 
-def by_scene(values: Sequence[float], scenes: Sequence[int]) -> list[float]:
-    """The mean of every scene, in the scenes' order."""
+def by_group(values: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """The mean of every group (scene, training seed), in the groups' order."""
     found = defaultdict(list)
-    for value, scene in zip(values, scenes, strict=True):
-        found[scene].append(value)
-    return [sum(found[scene]) / len(found[scene]) for scene in sorted(found)]
+    for value, group in zip(values, groups, strict=True):
+        found[group].append(value)
+    return [sum(found[group]) / len(found[group]) for group in sorted(found)]
 
 
 def summary(arms: dict[str, Rows]) -> dict[str, dict[str, object]]:
-    """Arm -> metric -> mean, interval, and against the base (paired by scene): difference, its interval, p, and half the width of the
-    interval either mean has with the scenes' own levels taken out ("within")."""
+    """Arm -> metric -> mean, interval, mean of every training seed; and against the base (paired by scene): difference, its interval, p,
+    and half the width of the interval either mean has with the scenes' own levels taken out ("within")."""
     base = {(row["scene"], row["noise"]): row for row in arms[BASE.name]}
     found = {}
     for name, rows in arms.items():
@@ -79,12 +80,13 @@ def summary(arms: dict[str, Rows]) -> dict[str, dict[str, object]]:
         for metric in HIGHER_IS_BETTER:
             values, scenes = values_of(rows, metric)
             entry = dict(zip(("mean", "low", "high"), clustered(values, scenes), strict=True))
+            entry["by_seed"] = by_group(values, [row["seed"] for row in rows if row["scene"] in set(scenes)])
             if name != BASE.name:
                 kept = [row for row in rows if row["scene"] in set(scenes)]
                 differences = [row[metric] - base[row["scene"], row["noise"]][metric] for row in kept]
                 entry["difference"] = dict(zip(("mean", "low", "high"), clustered(differences, scenes), strict=True))
-                entry["p"] = sign_flip_p(by_scene(differences, scenes))
-                entry["within"] = within(by_scene(values, scenes), by_scene(*values_of(arms[BASE.name], metric)))
+                entry["p"] = sign_flip_p(by_group(differences, scenes))
+                entry["within"] = within(by_group(values, scenes), by_group(*values_of(arms[BASE.name], metric)))
             found[name][metric] = entry
     return found
 
@@ -235,7 +237,7 @@ def main() -> None:
     (options.docs / "data").mkdir(parents=True, exist_ok=True)
     runs = {"preset's guidance": made_by(options.output)}
     runs |= {f"guidance {strength}": made_by(Path(folder)) for strength, folder in others.items()}
-    record = provenance("python -m examples.tiny_i2v.study.report") | {"runs": runs}
+    record = provenance(" ".join(["python -m examples.tiny_i2v.study.report", *sys.argv[1:]])) | {"runs": runs}
     record |= {"arms": figures, "guidance": by_guidance}
     (options.docs / "data" / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(figures, options.docs / "study.png")

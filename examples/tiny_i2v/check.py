@@ -98,7 +98,7 @@ Made by the scripts of `examples/tiny_i2v`; for experiments with the Video Consi
     pipeline = WanImageToVideoPipeline.from_pretrained("examples/tiny_i2v/model")
 
 **Data**: clips made from {len(TRAINING)} photographs in the public domain or under CC0 (`examples/pictures/SOURCES.md`; others come with
-scikit-image), moved as the prompt says. **Training**, on one core of a CPU: VAE {hours["vae"]}; transformer and text encoder {hours["transformer"]}.
+scikit-image), moved as the prompt says. **Training**, on a CPU: VAE {hours["vae"]}; transformer and text encoder {hours["transformer"]}.
 **Held out**: {", ".join(vae)}.
 
 What follows was written by `{figures["command"]}`; all of it is in `figures.json`. On held-out photographs:

@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder train_vae wrote to")
     parser.add_argument("--clips", type=int, default=4500)
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of Muon; AdamW's is a tenth")
     parser.add_argument("--restart", type=int, default=0, help="step the learning rate rises at and falls from")

@@ -22,6 +22,7 @@ from vcd_fast.models.wan.settings import TINY_I2V
 
 DATA = {"data": {"pictures": "."}}
 STUDY = json.loads((build.MODEL.parents[2] / "docs" / "data" / "study.json").read_text())
+AGAIN = json.loads((build.MODEL.parents[2] / "docs" / "data" / "tiny-i2v-again" / "figures.json").read_text())
 FIGURES = json.loads((build.MODEL / "figures.json").read_text())
 SHOWN = ("pan_left", "pan_right", "pan_up", "zoom_in", "rotate_clockwise", "brighten", "darken", "still")
 
@@ -65,6 +66,16 @@ def test_the_card_has_the_figures_of_its_file_which_keep_their_bounds():
     card = (build.MODEL / "README.md").read_text()
     assert f"{made['motion_shown']:.0%}** of {made['samples']} videos" in card
     assert all(f"| {name} | {value:.1f} |" in card for name, value in FIGURES["vae_psnr"].items())
+
+
+def test_the_commands_made_such_a_model_again_from_nothing():
+    vae, made = sum(AGAIN["vae_psnr"].values()) / len(AGAIN["vae_psnr"]), AGAIN["generated"]
+    assert vae >= 26
+    assert made["motion_shown"] >= 0.8
+    assert made["first_frame_psnr"] >= 24
+    page = (build.MODEL.parent / "README.md").read_text()
+    assert f"{100 * made['motion_shown']:.0f} % of {made['samples']} videos" in page
+    assert f"{vae:.1f} dB, first frames {made['first_frame_psnr']:.1f} dB" in page
 
 
 def test_what_it_generates_is_what_the_card_says(scenes, videos):
